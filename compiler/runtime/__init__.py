@@ -1,0 +1,1 @@
+"""Running a compiled model: session, tokenizer, generation. Nothing here imports torch."""

@@ -1,0 +1,164 @@
+"""Run a planish model in ONNX Runtime, its KV cache kept where ONNX Runtime made it."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from planish.compiler.errors import NotPlanishModelError
+
+__all__ = ["Cache", "Session"]
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+#: ONNX Runtime's name of a cache type -> numpy's.
+_DTYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The keys and values of the tokens a model has seen.
+
+    Attributes:
+        tensors: one OrtValue per cache input of the model, in the order of the inputs.
+        mask: int64 [batch, tokens], 1 for real tokens, 0 for padding.
+    """
+
+    tensors: tuple[Any, ...]
+    mask: Ints
+
+    def __len__(self) -> int:
+        """Return the number of cached tokens, padding included."""
+        return int(self.mask.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and their scales."""
+        return sum(int(np.prod(t.shape())) * _DTYPES[t.data_type()]().itemsize for t in self.tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """One cache tensor: its input, the output that extends it, and what an empty one looks like."""
+
+    past: str
+    present: str
+    dtype: type[np.generic]
+    shape: tuple[int | str, ...]
+
+    def empty(self, batch: int) -> Any:
+        shape = [batch if dim == "batch" else 0 if dim == "past" else int(dim) for dim in self.shape]
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self.dtype))
+
+
+class Session:
+    """A planish model loaded by ONNX Runtime.
+
+    The cache goes from one step to the next as ONNX Runtime's own tensors; it is never copied to numpy.
+
+    Example:
+        >>> session = Session("out/engines/ort/model.onnx", threads=2)  # doctest: +SKIP
+        >>> logits, cache = session.run(np.array([[1, 2, 3]]))  # doctest: +SKIP
+        >>> logits, cache = session.run(np.array([[4]]), cache)  # doctest: +SKIP
+    """
+
+    def __init__(self, model: str | Path, threads: int | None = None) -> None:
+        """Load `model`.
+
+        Args:
+            model: an ONNX file that planish wrote, its external data beside it.
+            threads: threads of one operator; None leaves the number to ONNX Runtime (one per core).
+
+        Raises:
+            NotPlanishModelError: if the file cannot be loaded, or planish did not write it.
+        """
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or 0
+        # Without VNNI, products of unsigned by signed 8-bit codes saturate unless ONNX Runtime is told not to.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+        try:
+            self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+            raise NotPlanishModelError(f"ONNX Runtime cannot load {model}: {error}") from error
+        inputs = {i.name: i for i in self._session.get_inputs()}
+        if self._session.get_modelmeta().producer_name != "planish" or "input_ids" not in inputs:
+            raise NotPlanishModelError(
+                f"{model} was not written by planish. Give a bundle made by 'planish compile' or 'planish export'."
+            )
+        self._slots = tuple(
+            _Slot(name, name.replace("past_key_values", "present", 1), _DTYPES[i.type], tuple(i.shape))
+            for name, i in inputs.items()
+            if name.startswith("past_key_values.")
+        )
+        self._outputs = ["logits", *(slot.present for slot in self._slots)]
+
+    @property
+    def cache_inputs(self) -> tuple[str, ...]:
+        """Names of the cache inputs, in the order of `Cache.tensors`."""
+        return tuple(slot.past for slot in self._slots)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of cache that one token takes in one sequence, scales and zeros counted."""
+        return sum(
+            int(np.prod([int(dim) for dim in slot.shape if dim not in ("batch", "past")])) * slot.dtype().itemsize
+            for slot in self._slots
+        )
+
+    def empty_cache(self, batch: int = 1) -> Cache:
+        """Return the cache of `batch` sequences that hold no token yet."""
+        return Cache(tuple(slot.empty(batch) for slot in self._slots), np.zeros((batch, 0), np.int64))
+
+    def run(
+        self,
+        input_ids: npt.ArrayLike,
+        cache: Cache | None = None,
+        *,
+        mask: npt.ArrayLike | None = None,
+        logits_to_keep: int = 0,
+    ) -> tuple[Floats, Cache]:
+        """Run new tokens behind the cached ones.
+
+        Args:
+            input_ids: int64 [batch, sequence], the new tokens.
+            cache: what the call before returned; None starts anew.
+            mask: int64 [batch, sequence], 0 where `input_ids` holds padding; None means all tokens are real.
+                Padding takes no position: real tokens are counted from 0.
+            logits_to_keep: how many of the last positions get logits; 0 is all of them.
+
+        Returns:
+            Logits, float32 [batch, kept, vocab], and the cache extended by the new tokens. The old cache stays valid.
+        """
+        ids = np.asarray(input_ids, np.int64)
+        cache = cache or self.empty_cache(len(ids))
+        new_mask = np.ones_like(ids) if mask is None else np.asarray(mask, np.int64)
+        seen = np.concatenate([cache.mask, new_mask], axis=1)
+        positions = np.maximum(seen.cumsum(axis=1) - 1, 0)[:, len(cache) :]
+        logits, tensors = self._run(
+            {
+                "input_ids": ids,
+                "attention_mask": seen,
+                "position_ids": np.ascontiguousarray(positions),
+                "num_logits_to_keep": np.asarray(logits_to_keep, np.int64),
+            },
+            cache.tensors,
+        )
+        return logits, Cache(tuple(tensors), seen)
+
+    def _run(self, feeds: dict[str, Ints], cache: Sequence[Any]) -> tuple[Floats, Sequence[Any]]:
+        # An IOBinding would refuse num_logits_to_keep, which is an initializer that a feed overrides.
+        values = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items()}
+        values.update(zip(self.cache_inputs, cache, strict=True))
+        logits, *present = self._session.run_with_ort_values(self._outputs, values)
+        return logits.numpy(), present

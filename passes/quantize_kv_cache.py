@@ -1,0 +1,105 @@
+"""Quantise the KV cache: Attention over a float cache becomes attention over packed codes."""
+
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from planish.passes.builder import Builder, replace_nodes
+from planish.passes.declare import declare
+from planish.passes.scheme import Scheme
+from planish.plugins.ops import DOMAIN, append_kv, attend
+from planish.plugins.packing import packed_size
+
+__all__ = ["QuantizeKvCachePass"]
+
+
+class _Stored(NamedTuple):
+    inputs: tuple[ir.Value, ir.Value]
+    outputs: tuple[ir.Value, ir.Value]
+
+
+class QuantizeKvCachePass(ir.passes.InPlacePass):
+    """Replaces ``Attention(q, k, v, mask, past_k, past_v)`` by two PlanishAppendKv and one PlanishAttend.
+
+    The cache inputs and outputs become packed bytes under their old names, and each gets a companion `..._scale`
+    with the float16 scale and zero of every token and KV head.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__()
+        self._scheme = scheme
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Quantise the cache of every layer, unless the scheme leaves it in floating point."""
+        if not self._scheme.quantizes_cache:
+            return ir.passes.PassResult(model, modified=False)
+        nodes = [node for node in model.graph if node.op_type == "Attention" and not node.domain]
+        for node in nodes:
+            self._quantize(model, node)
+        return ir.passes.PassResult(model, modified=bool(nodes))
+
+    def _quantize(self, model: ir.Model, node: ir.Node) -> None:
+        query, key, value, mask, past_key, past_value = node.inputs
+        _, present_key, present_value = node.outputs
+        build = Builder()
+        scheme, name = self._scheme, str(node.name).removesuffix(".attend")
+        heads = node.attributes.get_int("q_num_heads")
+        stored_key = self._store(model, build, key, past_key, present_key, f"{name}.key", scheme.key_bits)
+        stored_value = self._store(model, build, value, past_value, present_value, f"{name}.value", scheme.value_bits)
+        op = attend(scheme.key_bits, scheme.value_bits)
+        declare(model, op)
+        head_dim = _dims(past_key)[1]
+        attended = build.op(
+            op.name,
+            [query, *stored_key.outputs, *stored_value.outputs, mask],
+            f"{name}.attended",
+            domain=DOMAIN,
+            heads=heads,
+            head_dim=head_dim,
+        )
+        graph = model.graph
+        for old, new in ((past_key, stored_key.inputs), (past_value, stored_value.inputs)):
+            position = graph.inputs.index(old)
+            graph.inputs[position : position + 1] = new
+        for old_output, outputs in ((present_key, stored_key.outputs), (present_value, stored_value.outputs)):
+            position = graph.outputs.index(old_output)
+            graph.outputs[position : position + 1] = outputs
+        replace_nodes(graph, [node], build, {node.outputs[0]: attended})
+
+    @staticmethod
+    def _store(
+        model: ir.Model,
+        build: Builder,
+        x: ir.Value | None,
+        past: ir.Value | None,
+        present: ir.Value,
+        name: str,
+        bits: int,
+    ) -> _Stored:
+        assert past is not None
+        heads, head_dim = _dims(past)
+        op = append_kv(bits)
+        declare(model, op)
+        by_head = build.op("Reshape", [x, build.ints([0, 0, heads, head_dim], f"{name}.shape")], f"{name}.by_head")
+        heads_first = build.op("Transpose", [by_head], f"{name}.heads_first", perm=[0, 2, 1, 3])
+        packed = packed_size(head_dim, bits)
+        inputs = (
+            _value(str(past.name), ir.DataType.UINT8, ["batch", heads, "past", packed]),
+            _value(f"{past.name}_scale", ir.DataType.FLOAT16, ["batch", heads, "past", 2]),
+        )
+        codes, scale = build.ops(op.name, [heads_first, *inputs], f"{name}.append", 2, domain=DOMAIN)
+        for made, like, output in ((codes, inputs[0], present.name), (scale, inputs[1], f"{present.name}_scale")):
+            made.name, made.type = output, like.type
+            made.shape = ir.Shape([*(list(like.shape or [])[:2]), "total", *(list(like.shape or [])[3:])])
+        return _Stored(inputs, (codes, scale))
+
+
+def _dims(past: ir.Value | None) -> tuple[int, int]:
+    """Return (KV heads, head dimension) of a float cache input."""
+    assert past is not None
+    assert past.shape is not None
+    return int(past.shape[1]), int(past.shape[3])
+
+
+def _value(name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))

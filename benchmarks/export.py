@@ -64,6 +64,7 @@ class Run:
 
     @property
     def written_mb_per_s(self) -> float:
+        """Megabytes written per second, over the whole job."""
         return self.written_mb / self.seconds
 
 
@@ -151,7 +152,7 @@ def torch_export(source: Path, out: Path) -> None:
     dynamic = torch.export.Dim.DYNAMIC
     free, free_cache = {0: dynamic, 1: dynamic}, {0: dynamic, 2: dynamic}
     torch.onnx.export(
-        WithCache(model),
+        WithCache(model).eval(),
         (),
         out / "model.onnx",
         kwargs={
@@ -227,7 +228,8 @@ def write_smollm2(folder: Path) -> None:
 
     checkpoint = open_checkpoint("smollm2")
     checkpoint.write_sidecars(folder)
-    save_file({name: checkpoint.tensor(name) for name in checkpoint.names()}, folder / "model.safetensors", {"format": "pt"})
+    weights = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def measure_3b(work: Path) -> list[Run]:

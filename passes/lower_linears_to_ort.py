@@ -66,11 +66,12 @@ def _lower_quantize(graph: ir.Graph, node: ir.Node, zeros: dict[tuple[int, bool]
         zero = build.initializer(np.full((1, 1, 1), 1 << bits - 1, np.uint8), f"{name}.zero")
         zeros[key] = build.op("Expand", [zero, build.op("Shape", [scale], f"{name}.tokens")], f"{name}.zeros")
     k = _k_of_reader(node)
-    codes = build.op("QuantizeLinear", [x, scale, zeros[key]], name, axis=-1, block_size=k)
-    if bits < 8 and clip < 1.0:
-        # Below, uint8 saturates at code 0; above, only a clipped scale can leave the grid.
+    # Below, uint8 saturates at code 0; above, only a clipped scale can leave the grid.
+    clamps = bits < 8 and clip < 1.0
+    rounded = f"{name}.unclamped" if clamps else name
+    codes = build.op("QuantizeLinear", [x, scale, zeros[key]], rounded, axis=-1, block_size=k)
+    if clamps:
         top = build.initializer(np.asarray(2 * highest + 1, np.uint8), f"{name}.top")
-        codes.name = f"{name}.unclamped"
         codes = build.op("Min", [codes, top], name)
     replace_nodes(graph, [node], build, {node.outputs[0]: codes, node.outputs[1]: scale})
 

@@ -1,1 +1,1 @@
-"""One backend per target: how the portable model becomes what that runtime executes best."""
+"""The targets: what turns the portable model into something a runtime executes at speed, one package each."""

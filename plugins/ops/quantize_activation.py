@@ -4,6 +4,8 @@
     codes = clamp(round(x / scale), -2^(bits-1), 2^(bits-1) - 1) + 2^(bits-1)
 
 `round` is half to even. The codes are unsigned because ONNX Runtime's integer kernels want the activation side so.
+The factor clip / (2^(bits-1) - 1) is rounded to float32 before it multiplies. It is written -clip / -(...), because
+ONNX Runtime rewrites 1 / a * b to b / a, which rounds otherwise.
 """
 
 import functools
@@ -36,7 +38,9 @@ def quantize_activation() -> Op:
         lowest = Neg (zero)
         highest = Sub (zero, one)
         ratio = Constant <value_float: float = @clip> ()
-        factor = Div (ratio, highest)
+        minus_ratio = Neg (ratio)
+        minus_highest = Neg (highest)
+        factor = Div (minus_ratio, minus_highest)
         magnitude = Abs (x)
         largest = ReduceMax (magnitude, last)
         spanned = Mul (largest, factor)

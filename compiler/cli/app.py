@@ -1,0 +1,75 @@
+"""What the commands share: the app, its logging, and how results are printed."""
+
+import json
+import logging
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+__all__ = ["JsonFlag", "Output", "app"]
+
+app = typer.Typer(
+    name="planish",
+    help="Compile LLaMA checkpoints to low-bit ONNX models and TensorRT engines, and run them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+
+
+class Output:
+    """Where a command writes: people read stdout, unless programs do; then people read stderr."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._stream = sys.stderr if as_json else sys.stdout
+        self._console = Console(file=self._stream, highlight=False, markup=False, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """Print a line for people."""
+        self._console.print(text)
+
+    def rows(self, rows: dict[str, Any]) -> None:
+        """Print names and values in two columns for people."""
+        width = max(map(len, rows))
+        for name, value in rows.items():
+            self.line(f"{name:<{width}}  {value}")
+
+    def piece(self, text: str) -> None:
+        """Print a piece of running text, at once."""
+        print(text, end="", file=self._stream, flush=True)
+
+    def result(self, content: dict[str, Any]) -> None:
+        """Print `content` as one line of JSON, if that was asked for."""
+        if self._as_json:
+            print(json.dumps(content, ensure_ascii=False))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"planish {version('planish')}")
+        raise typer.Exit
+
+
+@app.callback()
+def configure(
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Same as --log-level info.")] = False,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    """Set up logging."""
+    levels = logging.getLevelNamesMapping()
+    if log_level.upper() not in levels:
+        raise typer.BadParameter(f"'{log_level}' is not a level", param_hint="--log-level")
+    logging.basicConfig(
+        level=min(levels[log_level.upper()], logging.INFO if verbose else logging.CRITICAL),
+        format="%(name)s: %(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+    )

@@ -1,0 +1,67 @@
+"""`planish compile`: a checkpoint to a bundle."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from planish.compiler.cli.app import JsonFlag, Output
+
+__all__ = ["run_compile"]
+
+
+def run_compile(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle to write: a new or empty folder.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder, GGUF file, Hub id, or smollm2.", show_default=False)
+    ] = None,
+    scheme: Annotated[str | None, typer.Option(help="Bits per tensor role, such as w4a4k4v4 or w2a16g128.")] = None,
+    lm_head: Annotated[str | None, typer.Option(help="Format of the output projection, such as w8a8 or w16a16.")] = None,
+    select: Annotated[str | None, typer.Option(help="How transforms are chosen: none.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="ort, rtx or tensorrt; may be repeated. [ort]")] = None,
+    num_layers: Annotated[int | None, typer.Option(min=1, help="Keep only the first decoder blocks.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe.yaml; flags win over it.")] = None,
+    max_context: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer together.")] = None,
+    max_batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences that an engine takes at once.")] = None,
+    max_input_len: Annotated[int | None, typer.Option(min=1, help="Prompt tokens an engine takes at once.")] = None,
+    sm: Annotated[list[int] | None, typer.Option(help="GPU generation of an engine, such as 89; repeatable.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Compile a checkpoint to a bundle that runs.
+
+    A run that was killed goes on where it was when the same command is given again.
+    """
+    from planish.compiler.inspection import inspect
+    from planish.compiler.pipeline import compile_model
+    from planish.compiler.progress import progress_for
+
+    out, started = Output(json), time.perf_counter()
+    try:
+        with progress_for(sys.stderr) as progress:
+            bundle = compile_model(
+                model,
+                output,
+                scheme=scheme,
+                lm_head=lm_head,
+                select=select,
+                targets=target,
+                num_layers=num_layers,
+                max_context=max_context,
+                max_batch_size=max_batch_size,
+                max_input_len=max_input_len,
+                sms=sm,
+                recipe=recipe,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume", file=sys.stderr)
+        raise typer.Exit(130) from None
+    seconds = round(time.perf_counter() - started, 1)
+    found = inspect(bundle)
+    out.line(
+        f"{output}: {found.model} in {found.scheme}, {found.average_bits:.3f} bits per weight, "
+        f"{found.sizes['total'] / 1e6:.1f} MB, {seconds} s; report in {output}/report/report.html"
+    )
+    out.result({"output": str(output), "seconds": seconds, **found.to_dict()})

@@ -1,0 +1,94 @@
+"""recipe.yaml: everything that decides what a compile makes, so that it can be repeated."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from planish.compiler.checkpoint.files import write_text
+from planish.compiler.errors import RecipeError
+from planish.passes.scheme import Scheme
+
+__all__ = ["TARGETS", "Recipe", "Target"]
+
+Target = Literal["ort", "rtx", "tensorrt"]
+TARGETS: tuple[Target, ...] = ("ort", "rtx", "tensorrt")
+
+
+class Recipe(BaseModel):
+    """The settings of one compile.
+
+    Attributes:
+        model: a checkpoint folder, a GGUF file, a Hub id, or smollm2.
+        scheme: bits per tensor role, such as w4a4k4v4.
+        lm_head: format of the output projection, such as w8a8; None is the default of `Scheme.parse`.
+        select: the policy that picks a transform per site; `none` rounds to nearest without any.
+        targets: what to lower to; `ort` is integer products in ONNX Runtime, `rtx` and `tensorrt` are engines.
+        num_layers: keep only this many of the first decoder blocks; None keeps all.
+        max_context: tokens of prompt and answer together; None is what the model was made for.
+        max_batch_size: sequences that an engine takes at once.
+        max_input_len: prompt tokens that an engine takes at once; None is `max_context`.
+        sms: GPU generations to build engines for, such as 89; empty is the target's own list.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    scheme: str
+    lm_head: str | None = None
+    select: Literal["none"] = "none"
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("ort",)
+    num_layers: PositiveInt | None = None
+    max_context: PositiveInt | None = None
+    max_batch_size: PositiveInt = 1
+    max_input_len: PositiveInt | None = None
+    sms: tuple[PositiveInt, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path | None = None, **given: Any) -> "Recipe":
+        """Read a recipe file; what is `given` and not None wins over it.
+
+        Raises:
+            RecipeError: if the file cannot be read, or a setting is unknown, missing or wrong; the message names it.
+        """
+        settings = {} if path is None else _load(path)
+        settings |= {name: value for name, value in given.items() if value is not None}
+        source = f"{path}: " if path else ""
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            raise RecipeError("; ".join(_describe(source, problem) for problem in error.errors())) from error
+
+    def parsed_scheme(self) -> Scheme:
+        """Return the scheme.
+
+        Raises:
+            SchemeError: if it cannot be read or built.
+        """
+        return Scheme.parse(self.scheme, self.lm_head)
+
+    def write(self, path: Path) -> None:
+        """Write the recipe as YAML; settings that are not set are left out."""
+        settings = self.model_dump(mode="json", exclude_none=True)
+        write_text(path, yaml.safe_dump(settings, sort_keys=False, default_flow_style=False, allow_unicode=True))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise RecipeError(f"The recipe {path} is not a mapping of settings, such as 'scheme: w4a4k4v4'.")
+    return {str(name): value for name, value in settings.items()}
+
+
+def _describe(source: str, problem: Any) -> str:
+    """Put one problem that pydantic found into a sentence that names the setting."""
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{source}unknown setting '{key}'; the settings are {', '.join(Recipe.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{source}'{key}' is missing; every compile needs a model and a scheme"
+    return f"{source}'{key}' is {problem['input']!r}: {problem['msg']}"

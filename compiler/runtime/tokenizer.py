@@ -1,0 +1,142 @@
+"""The tokenizer and chat template of a bundle, without transformers."""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as _Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from planish.compiler.errors import TokenizerError
+
+__all__ = ["TextStream", "Tokenizer"]
+
+#: A chat: {"role": "user", "content": "..."} and so on.
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Tokenizer:
+    """The tokenizer.json of a folder, and the chat template beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the tokenizer.
+
+        Raises:
+            TokenizerError: if tokenizer.json is missing or unreadable.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(f"{path} does not exist. Copy the tokenizer files of the model there.")
+        try:
+            self._tokenizer = _Tokenizer.from_file(str(path))
+        except Exception as error:  # the tokenizers package raises bare Exception
+            raise TokenizerError(f"{path} cannot be read ({error}). Copy it from the model again.") from error
+        self._folder = folder
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the tokens of `text`; with `special`, those the tokenizer adds by itself (such as BOS) too."""
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, special tokens left out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def stream(self) -> "TextStream":
+        """Return a decoder for tokens that come one at a time."""
+        return TextStream(self._tokenizer)
+
+    def chat(self, messages: Messages, *, generation_prompt: bool = True) -> str:
+        """Render `messages` by the model's chat template, as transformers' apply_chat_template does.
+
+        Encode the result with `special=False`: templates write the special tokens themselves.
+
+        Raises:
+            TokenizerError: if the model has no chat template, or the template refuses the messages.
+        """
+        config = self._config()
+        template = self._template(config)
+        special = {
+            name: token["content"] if isinstance(token, dict) else token
+            for name, token in config.items()
+            if name.endswith("_token") and isinstance(token, str | dict)
+        }
+        try:
+            return (
+                _environment()
+                .from_string(template)
+                .render(messages=list(messages), add_generation_prompt=generation_prompt, **special)
+            )
+        except jinja2.TemplateError as error:
+            raise TokenizerError(f"The chat template of {self._folder} refuses these messages: {error}") from error
+
+    def _config(self) -> dict[str, Any]:
+        path = self._folder / "tokenizer_config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise TokenizerError(f"{path} cannot be read as JSON ({error}). Copy it from the model again.") from error
+        return config if isinstance(config, dict) else {}
+
+    def _template(self, config: Mapping[str, Any]) -> str:
+        path = self._folder / "chat_template.jinja"
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        template = config.get("chat_template")
+        if isinstance(template, list):
+            # Older tokenizers name several templates; the one called default is for conversation.
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if not isinstance(template, str):
+            raise TokenizerError(f"The model in {self._folder} has no chat template. Give it a plain prompt instead.")
+        return template
+
+
+class TextStream:
+    """Turns tokens into text as they come; a character waits until all its tokens are there."""
+
+    def __init__(self, tokenizer: _Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._given = ""
+
+    def push(self, token: int) -> str:
+        """Return the text that `token` completes; often a word, sometimes nothing yet."""
+        self._ids.append(token)
+        text = self._stream.step(self._tokenizer, token) or ""
+        self._given += text
+        return text
+
+    def finish(self) -> str:
+        """Return what is left when no more tokens come: the remains of an incomplete character."""
+        whole = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        return whole[len(self._given) :] if whole.startswith(self._given) else ""
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Return the sandbox that chat templates are written for: that of transformers."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own filter escapes HTML, which a prompt is not.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,52 @@
+"""Which targets there are, what each needs, and the call that builds each."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from planish.compiler.layout import MODEL_FILE, engine_folder
+from planish.compiler.optional import require
+from planish.compiler.progress import Progress
+from planish.compiler.recipe import Recipe
+
+__all__ = ["check_targets", "lower"]
+
+
+def check_targets(recipe: Recipe) -> None:
+    """Check that the packages which the targets of `recipe` need are installed, before any work is done.
+
+    Raises:
+        MissingExtraError: naming the extra of the first that is not.
+    """
+    if "rtx" in recipe.targets:
+        require("tensorrt_rtx")
+    if "tensorrt" in recipe.targets:
+        require("tensorrt")
+
+
+def lower(target: str, bundle: Path, recipe: Recipe, max_context: int, progress: Progress) -> None:
+    """Lower the portable model in `bundle` to `target`, into its folder below engines/.
+
+    Raises:
+        EngineBuildError: if an engine cannot be built.
+    """
+    model = ir.load(bundle / MODEL_FILE)
+    folder = engine_folder(bundle, target)
+    folder.mkdir(parents=True, exist_ok=True)
+    if target == "ort":
+        from planish.compiler.backends.ort import build_ort
+
+        build_ort(model, folder, lambda done, total: progress.step("lower to ort", done, total))
+        return
+    from planish.compiler.backends.tensorrt import build_engines
+
+    build_engines(
+        model,
+        folder,
+        flavour=target,
+        sms=recipe.sms,
+        max_batch=recipe.max_batch_size,
+        max_prompt=recipe.max_input_len,
+        max_context=max_context,
+        progress=progress,
+    )

@@ -1,0 +1,175 @@
+"""The folder that a compile works in: beside the output, resumed when the same compile runs again, renamed at the end."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import planish.compiler
+import planish.passes
+import planish.plugins
+from planish.compiler.checkpoint.files import write_json
+from planish.compiler.errors import DiskFullError, OutputFolderError
+from planish.compiler.progress import Progress
+
+__all__ = ["WorkFolder", "check_output", "check_space", "code_fingerprint", "raise_disk_full"]
+
+_STATE, _LOCK = "state.json", "lock"
+
+
+class WorkFolder:
+    """`OUT.partial`, which holds the growing bundle, the quantised blocks, and what is finished.
+
+    Attributes:
+        path: the folder itself.
+        bundle: what becomes the output.
+        codes: for the quantised blocks.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any], progress: Progress) -> None:
+        """Make the folder, or take up the one that a run with equal `settings` left.
+
+        Raises:
+            OutputFolderError: if it cannot be made, or is in use, or holds what planish did not write.
+        """
+        self._out = out
+        self.path = out.with_name(out.name + ".partial")
+        self.bundle, self.codes = self.path / "bundle", self.path / "codes"
+        with _as_output_error(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._hold_lock()
+            self._state = self._resume(settings, progress)
+            self.bundle.mkdir(exist_ok=True)
+
+    def finished(self, stage: str) -> bool:
+        """Say whether `stage` was finished before, and all its files still have their sizes."""
+        files = self._state["finished"].get(stage)
+        return files is not None and files == self._sizes(files)
+
+    def finish(self, stage: str, folder: Path) -> None:
+        """Note that `stage` is finished and made the files directly in `folder`."""
+        made = [str(path.relative_to(self.path)) for path in sorted(folder.iterdir()) if path.is_file()]
+        self._state["finished"][stage] = self._sizes(made)
+        write_json(self.path / _STATE, self._state)
+
+    def publish(self) -> None:
+        """Rename the bundle to the output folder and remove the rest.
+
+        Raises:
+            OutputFolderError: if something came to lie at the output meanwhile.
+        """
+        with _as_output_error(self._out):
+            self.bundle.rename(self._out)
+        self._lock.close()
+        shutil.rmtree(self.path)
+
+    def _hold_lock(self) -> None:
+        # The lock ends with the process, however it ends.
+        self._lock = (self.path / _LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputFolderError(
+                f"Another compile is writing to {self._out}. Wait for it, or choose another output folder."
+            ) from error
+
+    def _resume(self, settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        state = self.path / _STATE
+        others = [path.name for path in self.path.iterdir() if path.name not in (_LOCK, f"{_STATE}.partial")]
+        if others and not state.is_file():
+            raise OutputFolderError(
+                f"{self.path} is needed as work folder and holds files that planish did not write ({others[0]}). "
+                "Move them away, or choose another output folder."
+            )
+        if state.is_file():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                found: dict[str, Any] = json.loads(state.read_text(encoding="utf-8"))
+                if found["settings"] == settings:
+                    progress.say(f"resuming from {self.path}")
+                    return found
+            progress.say(f"{self.path} is of a compile with other settings or another planish; starting anew")
+            for path in (self.bundle, self.codes):
+                shutil.rmtree(path, ignore_errors=True)
+        fresh = {"settings": settings, "finished": {}}
+        write_json(state, fresh)
+        return fresh
+
+    def _sizes(self, names: Iterable[str]) -> dict[str, int]:
+        paths = {name: self.path / name for name in names}
+        return {name: path.stat().st_size if path.is_file() else -1 for name, path in paths.items()}
+
+
+def check_output(out: Path) -> None:
+    """Check that a bundle can be put at `out`: nothing there, or an empty folder.
+
+    Raises:
+        OutputFolderError: if not.
+    """
+    with _as_output_error(out):
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            raise OutputFolderError(f"{out} exists and is not a folder. Choose another output folder.")
+        if out.is_dir() and any(out.iterdir()):
+            raise OutputFolderError(f"The output folder {out} is not empty. Choose another one, or empty it.")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Check that the disk of `folder`, which exists, has `needed` bytes free.
+
+    Raises:
+        DiskFullError: if it has less.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DiskFullError(
+            f"The disk of {folder} has {free / 1e9:.2f} GB free and the compile needs about {needed / 1e9:.2f} GB. "
+            "Free some, or choose an output folder on another disk."
+        )
+
+
+@contextlib.contextmanager
+def raise_disk_full(out: Path) -> Iterator[None]:
+    """Turn the many ways in which libraries say that a disk is full into DiskFullError."""
+    try:
+        yield
+    except Exception as error:
+        if not _says_disk_full(error):
+            raise
+        raise DiskFullError(
+            f"The disk of {out} is full. Free some space and run the same command again: what is finished is kept."
+        ) from error
+
+
+def code_fingerprint() -> str:
+    """Return a sha256 (hex) over the sources of planish: what another version left is not resumed."""
+    digest = hashlib.sha256()
+    for package in (planish.compiler, planish.passes, planish.plugins):
+        root = Path(package.__path__[0])
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _says_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # safetensors reports in words; numpy's tofile counts what it could not write and has no errno.
+    text = str(error)
+    return "No space left" in text or (isinstance(error, OSError) and "requested and" in text and "written" in text)
+
+
+@contextlib.contextmanager
+def _as_output_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if _says_disk_full(error):
+            raise DiskFullError(f"The disk of {path} is full. Free some space.") from error
+        raise OutputFolderError(
+            f"{path} cannot be written ({error.strerror}). Choose an output folder that you may write to."
+        ) from error

@@ -1,0 +1,54 @@
+"""The compiler: from a LLaMA checkpoint to a bundle that runs.
+
+The names below are the public Python API. They are imported when they are first used, so that running a bundle never
+imports what only compiling needs.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planish.compiler.bundle import Bundle
+    from planish.compiler.checkpoint import open_checkpoint
+    from planish.compiler.evaluation import Evaluation, evaluate
+    from planish.compiler.export import export_float
+    from planish.compiler.inspection import Inspection, inspect
+    from planish.compiler.pipeline import compile_model
+    from planish.compiler.runtime.generate import Sampling
+    from planish.passes.scheme import Scheme
+
+__all__ = [
+    "Bundle",
+    "Evaluation",
+    "Inspection",
+    "Sampling",
+    "Scheme",
+    "compile_model",
+    "evaluate",
+    "export_float",
+    "inspect",
+    "open_checkpoint",
+]
+
+_MODULE_OF = {
+    "Bundle": "planish.compiler.bundle",
+    "Evaluation": "planish.compiler.evaluation",
+    "Inspection": "planish.compiler.inspection",
+    "Sampling": "planish.compiler.runtime.generate",
+    "Scheme": "planish.passes.scheme",
+    "compile_model": "planish.compiler.pipeline",
+    "evaluate": "planish.compiler.evaluation",
+    "export_float": "planish.compiler.export",
+    "inspect": "planish.compiler.inspection",
+    "open_checkpoint": "planish.compiler.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

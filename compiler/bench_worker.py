@@ -1,4 +1,4 @@
-"""One measurement of one model in a fresh process: `python -m planish.compiler.bench_worker MODEL THREADS TOKENS NEW`."""
+"""Measure one model in a fresh process: `python -m planish.compiler.bench_worker MODEL THREADS TOKENS NEW`."""
 
 import json
 import sys

@@ -10,7 +10,7 @@ from planish.compiler.config import LlamaConfig
 from planish.compiler.errors import NotPlanishModelError
 from planish.compiler.layout import MANIFEST_FILE, MODEL_FILE, engine_folder
 from planish.compiler.manifest import Manifest
-from planish.compiler.runtime.generate import Sampling, generate
+from planish.compiler.runtime.generate import GREEDY, Sampling, generate
 from planish.compiler.runtime.session import Session
 from planish.compiler.runtime.tokenizer import Tokenizer
 from planish.passes.scheme import Scheme
@@ -125,7 +125,7 @@ class Bundle:
         *,
         chat: bool = False,
         max_new_tokens: int = 128,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         chunk: int | None = None,
         threads: int | None = None,
     ) -> Iterator[str]:

@@ -15,7 +15,17 @@ from planish.compiler.optional import EXTRA_OF
 __all__ = ["diagnose"]
 
 #: Distributions whose versions decide what works.
-_PACKAGES = ("planish", "onnxruntime", "onnx", "onnx-ir", "numpy", "torch", "tokenizers", "tensorrt-rtx-cu13", "tensorrt")
+_PACKAGES = (
+    "planish",
+    "onnxruntime",
+    "onnx",
+    "onnx-ir",
+    "numpy",
+    "torch",
+    "tokenizers",
+    "tensorrt-rtx-cu13",
+    "tensorrt",
+)
 
 #: Processor flags (as Linux spells them) that decide how fast integer products are.
 _FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")

@@ -1,21 +1,19 @@
-"""A float export as a bundle, so that whatever takes a bundle takes it too."""
+"""A float export as a bundle, so that whatever runs a bundle runs it too."""
 
-import shutil
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 
 from planish.compiler.bundle import Bundle
+from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.export import export_float
-from planish.compiler.layout import RECIPE_FILE
+from planish.compiler.first_layers import FirstLayers
 from planish.compiler.manifest import Manifest
-from planish.compiler.pipeline import open_source
 from planish.compiler.progress import Progress, Silent
-from planish.compiler.recipe import Recipe
-from planish.compiler.work_folder import check_output, check_space, raise_disk_full
+from planish.compiler.work_folder import WorkFolder, check_output, check_space, code_fingerprint, raise_disk_full
+from planish.passes.scheme import Scheme
 
 __all__ = ["export_bundle"]
-
-_FLOAT = "w16a16k16v16"
 
 
 def export_bundle(
@@ -32,10 +30,26 @@ def export_bundle(
     Raises:
         PlanishError: one of its subclasses in `planish.compiler.errors`.
     """
-    out, progress = Path(out), progress or Silent()
+    out, told = Path(out), progress or Silent()
     check_output(out)
-    recipe = Recipe.read(model=str(model), scheme=_FLOAT, num_layers=num_layers).repeatable()
-    checkpoint = open_source(recipe)
+    checkpoint: Checkpoint = open_checkpoint(model)
+    if num_layers is not None:
+        checkpoint = FirstLayers(checkpoint, num_layers)
     checkpoint.check_tokenizer()
-    unfinished = out.with_name(out.name + ".partial")
-"""Placeholder."""
+    fingerprint = checkpoint.fingerprint()
+    work = WorkFolder(out, {"export": fingerprint, "code": code_fingerprint()}, told)
+    with raise_disk_full(out):
+        check_space(work.path, 4 * sum(prod(checkpoint.shape(name)) for name in checkpoint.names()))
+        export_float(checkpoint, work.bundle, lambda done, total: told.step("export", done, total))
+        scheme = Scheme.parse("w16a16k16v16")
+        Manifest(
+            planish_version=version("planish"),
+            model=checkpoint.name,
+            checkpoint=fingerprint,
+            scheme=str(scheme),
+            lm_head=str(scheme.lm_head),
+            targets=(),
+            max_context=checkpoint.config.max_context,
+        ).write(work.bundle)
+        work.publish()
+    return Bundle.open(out, verify=False)

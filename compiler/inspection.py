@@ -16,7 +16,7 @@ _MODULES = "planish.modules"
 _LM_HEAD = "lm_head"
 
 #: Bits of an element of the ONNX types that a bundle stores.
-_BITS = {
+_BITS: dict[int, int] = {
     onnx.TensorProto.FLOAT: 32,
     onnx.TensorProto.FLOAT16: 16,
     onnx.TensorProto.UINT8: 8,
@@ -144,7 +144,7 @@ def _average_bits(products: list[_Product]) -> float:
 def _cache_bytes(value: onnx.ValueInfoProto) -> int:
     tensor = value.type.tensor_type
     fixed = [dim.dim_value for dim in tensor.shape.dim if dim.dim_value]
-    return prod(fixed) * _BITS[tensor.elem_type] // 8
+    return int(prod(fixed)) * _BITS[tensor.elem_type] // 8
 
 
 def _sizes(bundle: Bundle) -> dict[str, int]:

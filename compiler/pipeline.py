@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -33,8 +34,8 @@ _T = TypeVar("_T")
 
 #: What the finished model is compared with the oracle on.
 _SAMPLE = (
-    "The planisher's hammer is polished and its face almost flat. Each blow overlaps the last, so that the sheet, raised "
-    "and hollow from earlier work, becomes even: 3 passes, perhaps 40 minutes, and no mark left to see."
+    "The planisher's hammer is polished and its face almost flat. Each blow overlaps the last, so that the sheet, "
+    "raised and hollow from earlier work, becomes even: 3 passes, perhaps 40 minutes, and no mark left to see."
 )
 _SAMPLE_TOKENS = 48
 
@@ -106,7 +107,11 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
     check_output(out)
     checkpoint = open_source(recipe)
     checkpoint.check_tokenizer()
-    settings = {"recipe": recipe.model_dump(mode="json"), "checkpoint": checkpoint.fingerprint(), "code": code_fingerprint()}
+    settings = {
+        "recipe": recipe.model_dump(mode="json"),
+        "checkpoint": checkpoint.fingerprint(),
+        "code": code_fingerprint(),
+    }
     work = WorkFolder(out, settings, progress)
     with raise_disk_full(out):
         check_space(work.path, _bytes_needed(checkpoint, scheme, recipe))
@@ -140,7 +145,7 @@ class _Compile:
         model, left_float = portable_model(self.checkpoint, self.scheme, codes)
         self._stage("portable model", bundle, lambda: save_model(model, bundle, self._steps("portable model")))
         for target in targets:
-            self._stage(f"lower to {target}", engine_folder(bundle, target), lambda target=target: self._lower(target))
+            self._stage(f"lower to {target}", engine_folder(bundle, target), partial(self._lower, target))
         self.progress.say("verifying the logits against the PyTorch oracle")
         checked = engine_folder(bundle, "ort") if "ort" in targets else bundle
         tokens = Tokenizer(bundle).encode(_SAMPLE)[:_SAMPLE_TOKENS]
@@ -203,7 +208,7 @@ class _Compile:
 
 
 def _bytes_needed(checkpoint: Checkpoint, scheme: Scheme, recipe: Recipe) -> int:
-    """Return about how many bytes the work folder takes: codes, portable model, and each target, where most are int8."""
+    """Return about how many bytes the work folder takes: codes, portable model, and targets in mostly 8 bits."""
     config = checkpoint.config
     total = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     embedding = config.vocab_size * config.hidden_size

@@ -10,8 +10,10 @@ from planish.compiler.checkpoint import Checkpoint
 
 __all__ = ["CheckpointTensor"]
 
-#: Elements converted at a time: 64 MiB of float32.
-_CHUNK = 1 << 24
+#: Elements converted at a time: 4 MiB of float32, still in the processor's cache when they are written.
+_CHUNK = 1 << 20
+#: Rows of the stored matrix transposed at a time: a cache line of what is written takes 16 of them.
+_ROWS = 32
 
 
 class CheckpointTensor(ir.LazyTensor):
@@ -36,9 +38,17 @@ class CheckpointTensor(ir.LazyTensor):
     def tofile(self, file: BinaryIO) -> None:
         """Write the converted tensor to `file`, slice by slice."""
         assert self.name is not None
-        array = self._checkpoint.tensor(self.name)
-        if self._transpose:
-            array = array.T
-        rows = max(1, _CHUNK // max(1, array[:1].size))
-        for start in range(0, array.shape[0], rows):
-            np.ascontiguousarray(array[start : start + rows], self.dtype.numpy()).tofile(file)
+        stored = self._checkpoint.tensor(self.name)
+        matrix = stored.T if self._transpose else stored.reshape(len(stored), -1)
+        length, width = matrix.shape
+        rows = max(1, _CHUNK // width)
+        buffer = np.empty((min(rows, length), width), self.dtype.numpy())
+        for start in range(0, length, rows):
+            part = matrix[start : start + rows]
+            converted = buffer[: len(part)]
+            # numpy alone would go through the whole stored matrix once per row written.
+            step = _ROWS if self._transpose else width
+            for column in range(0, width, step):
+                block = part[:, column : column + step]
+                converted[:, column : column + step] = block.astype(converted.dtype, order="K")
+            converted.tofile(file)

@@ -1,4 +1,4 @@
-"""The folder that a compile works in: beside the output, resumed when the same compile runs again, renamed at the end."""
+"""The folder that a compile works in, beside the output: resumed by the same compile, renamed at the end."""
 
 import contextlib
 import errno

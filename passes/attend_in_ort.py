@@ -40,7 +40,7 @@ class Cache:
 
     Attributes:
         bits: of key and of value codes.
-        codes, scale, zero: of the new tokens, [batch, 2 * kv_heads, sequence, head_dim or 1], not packed yet.
+        codes, scale, zero: of the new tokens, [batch, sequence, 2 * kv_heads, head_dim or 1], not packed yet.
         past, present: packed codes, uint8 [batch, kv_heads, tokens, bytes].
         past_scale, present_scale: float16 [batch, kv_heads, 4, tokens].
     """
@@ -182,7 +182,8 @@ def _dequantized(inner: Builder, name: str, cache: Cache) -> tuple[ir.Value, ir.
         return inner.op("Add", [scaled, zero], f"{name}.{role}")
 
     new = dequantize(cache.codes, cache.scale, cache.zero, "new")
-    new_parts = inner.ops("Split", [new], f"{name}.new_part", 2, axis=1, num_outputs=2)
+    new_heads = inner.op("Transpose", [new], f"{name}.new_heads", perm=[0, 2, 1, 3])
+    new_parts = inner.ops("Split", [new_heads], f"{name}.new_part", 2, axis=1, num_outputs=2)
     scales = inner.op("Cast", [cache.past_scale], f"{name}.past_scales", to=ir.DataType.FLOAT)
     columns = inner.op("Transpose", [scales], f"{name}.past_columns", perm=[0, 1, 3, 2])
     key_scale, key_zero, value_scale, value_zero = inner.ops(

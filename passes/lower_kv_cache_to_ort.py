@@ -88,13 +88,14 @@ def _append(build: Builder, name: str, key: _Append, value: _Append, heads: Head
     """Quantise and append as PlanishAppendKv does; QuantizeLinear's saturation at 0 is the lower clamp."""
     kv, bits = heads.kv_heads, (key.bits, value.bits)
     past_key, past_value = key.node.inputs[1], value.node.inputs[1]
+    # Heads come first only after quantising: ONNX Runtime's transpose optimiser moves a Transpose through a blocked
+    # QuantizeLinear without moving the block axis of its scale.
     joined = build.op("Concat", [key.x, value.x], f"{name}.joined", axis=-1)
-    by_head = build.op("Reshape", [joined, build.ints([0, 0, 2 * kv, heads.head_dim], f"{name}.shape")], f"{name}.by_head")
-    x = build.op("Transpose", [by_head], f"{name}.x", perm=[0, 2, 1, 3])
+    x = build.op("Reshape", [joined, build.ints([0, 0, 2 * kv, heads.head_dim], f"{name}.shape")], f"{name}.x")
 
     def per_bits(values: tuple[int, int], dtype: type[np.generic], suffix: str) -> ir.Value:
-        array = np.repeat(np.asarray(values, dtype), kv).reshape(1, 2 * kv, 1, 1)
-        return build.initializer(array if bits[0] != bits[1] else array[:, :1], f"{name}.{suffix}")
+        array = np.repeat(np.asarray(values, dtype), kv).reshape(1, 1, 2 * kv, 1)
+        return build.initializer(array if bits[0] != bits[1] else array[:, :, :1], f"{name}.{suffix}")
 
     largest = (2 ** bits[0] - 1, 2 ** bits[1] - 1)
     axis = build.ints([-1], f"{name}.axis")
@@ -119,17 +120,18 @@ def _append(build: Builder, name: str, key: _Append, value: _Append, heads: Head
     if clamps:
         codes = build.op("Min", [codes, per_bits(largest, np.uint8, "top")], f"{name}.codes")
     if bits[0] == bits[1]:
-        packed = _pack(build, codes, bits[0], f"{name}.packed")
+        packed = _heads_first(build, _pack(build, codes, bits[0], f"{name}.packed"), f"{name}.heads_first")
         new = build.ops("Split", [packed], f"{name}.packed_part", 2, axis=1, num_outputs=2)
     else:
-        parts = build.ops("Split", [codes], f"{name}.part", 2, axis=1, num_outputs=2)
-        new = [_pack(build, part, b, f"{name}.packed_{i}") for i, (part, b) in enumerate(zip(parts, bits, strict=True))]
+        parts = build.ops("Split", [codes], f"{name}.part", 2, axis=2, num_outputs=2)
+        packed_parts = [_pack(build, part, b, f"{name}.packed_{b}") for part, b in zip(parts, bits, strict=True)]
+        new = [_heads_first(build, part, f"{part.name}.heads_first") for part in packed_parts]
     present_key = build.op("Concat", [past_key, new[0]], f"{name}.present_key", axis=2)
     present_value = build.op("Concat", [past_value, new[1]], f"{name}.present_value", axis=2)
 
-    by_role = build.op("Reshape", [stored, build.ints([0, 2, kv, -1, 2], f"{name}.roles")], f"{name}.by_role")
-    rows = build.op("Transpose", [by_role], f"{name}.rows", perm=[0, 2, 1, 4, 3])
-    new_scale = build.op("Reshape", [rows, build.ints([0, 0, 4, -1], f"{name}.four")], f"{name}.scale_rows")
+    by_role = build.op("Reshape", [stored, build.ints([0, 0, 2, kv, 2], f"{name}.roles")], f"{name}.by_role")
+    rows = build.op("Transpose", [by_role], f"{name}.rows", perm=[0, 3, 2, 4, 1])
+    new_scale = build.op("Reshape", [rows, build.ints([0, kv, 4, -1], f"{name}.four")], f"{name}.scale_rows")
     assert past_key is not None
     assert past_value is not None
     past_scale = ir.Value(
@@ -145,6 +147,10 @@ def _append(build: Builder, name: str, key: _Append, value: _Append, heads: Head
 
 def _pack(build: Builder, codes: ir.Value, bits: int, name: str) -> ir.Value:
     return codes if bits == 8 else build.op(pack(bits).name, [codes], name, domain=DOMAIN)
+
+
+def _heads_first(build: Builder, x: ir.Value, name: str) -> ir.Value:
+    return build.op("Transpose", [x], name, perm=[0, 2, 1, 3])
 
 
 def _replace_cache_io(graph: ir.Graph, cache: Cache, key: ir.Node, value: ir.Node) -> None:

@@ -14,16 +14,13 @@ from planish.compiler.errors import PlanishError
 
 __all__ = ["app", "main"]
 
-for _name, _command in {
-    "compile": run_compile,
-    "export": run_export,
-    "eval": run_eval,
-    "generate": run_generate,
-    "bench": run_bench,
-    "inspect": run_inspect,
-    "doctor": run_doctor,
-}.items():
-    app.command(_name)(_command)
+app.command("compile")(run_compile)
+app.command("export")(run_export)
+app.command("eval")(run_eval)
+app.command("generate")(run_generate)
+app.command("bench")(run_bench)
+app.command("inspect")(run_inspect)
+app.command("doctor")(run_doctor)
 
 
 def main() -> None:

@@ -18,7 +18,9 @@ def run_compile(
         str | None, typer.Argument(help="Checkpoint folder, GGUF file, Hub id, or smollm2.", show_default=False)
     ] = None,
     scheme: Annotated[str | None, typer.Option(help="Bits per tensor role, such as w4a4k4v4 or w2a16g128.")] = None,
-    lm_head: Annotated[str | None, typer.Option(help="Format of the output projection, such as w8a8 or w16a16.")] = None,
+    lm_head: Annotated[
+        str | None, typer.Option(help="Format of the output projection, such as w8a8 or w16a16.")
+    ] = None,
     select: Annotated[str | None, typer.Option(help="How transforms are chosen: none.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="ort, rtx or tensorrt; may be repeated. [ort]")] = None,
     num_layers: Annotated[int | None, typer.Option(min=1, help="Keep only the first decoder blocks.")] = None,

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from planish.compiler.errors import TextError
 from planish.compiler.runtime.session import Session
 
-__all__ = ["Sampling", "generate"]
+__all__ = ["GREEDY", "Sampling", "generate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Sampling:
         return int(random.choice(kept, p=probabilities[kept] / probabilities[kept].sum()))
 
 
+#: The likeliest token, always.
+GREEDY = Sampling()
+
+
 def generate(
     session: Session,
     prompt: Sequence[int],
@@ -53,7 +57,7 @@ def generate(
     max_new_tokens: int,
     max_context: int,
     eos: Sequence[int] = (),
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     chunk: int | None = None,
 ) -> Iterator[int]:
     """Yield new tokens until one of `eos` (which is not yielded), `max_new_tokens`, or the context is full.

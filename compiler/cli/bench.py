@@ -1,0 +1,55 @@
+"""`planish bench`: a bundle against the float model, in speed and memory."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from planish.compiler.bundle import Bundle
+from planish.compiler.cli.app import JsonFlag, Output
+
+__all__ = ["run_bench"]
+
+
+class Against(StrEnum):
+    """What a bundle can be compared with."""
+
+    FLOAT = "float"
+
+
+def run_bench(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    against: Annotated[Against, typer.Option(help="float: the float32 export of the same checkpoint.")] = Against.FLOAT,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 512,
+    repeats: Annotated[int, typer.Option(min=1, help="How often both are measured; medians count.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")] = 2,
+    json: JsonFlag = False,
+) -> None:
+    """Measure prefill, decode and resident memory, both models in turn, each in a process of its own."""
+    from planish.compiler.bench import bench
+    from planish.compiler.progress import progress_for
+
+    out, opened = Output(json), Bundle.open(bundle)
+    with progress_for(sys.stderr) as progress:
+        found = bench(
+            opened,
+            threads=threads,
+            tokens=tokens,
+            repeats=repeats,
+            progress=lambda done, total: progress.step("repeats", done, total),
+        )
+    content = found.to_dict()
+    low, other = found.bundle, found.against
+    out.line(f"{tokens} tokens, {threads} threads, medians of {repeats} repeats in turn; against {against.value}")
+    out.rows(
+        {
+            "prefill tokens/s": f"{low.prefill:8.1f} {other.prefill:8.1f}   {content['prefill_speedup']:.2f} x as fast",
+            "decode tokens/s": f"{low.decode:8.1f} {other.decode:8.1f}   {content['decode_speedup']:.2f} x as fast",
+            "resident MiB": f"{low.resident_mib:8.1f} {other.resident_mib:8.1f}   {content['memory_ratio']:.2f} x as much",
+            "peak MiB": f"{low.peak_mib:8.1f} {other.peak_mib:8.1f}",
+            "load s": f"{low.load_seconds:8.2f} {other.load_seconds:8.2f}",
+        }
+    )
+    out.result(content)

@@ -20,6 +20,7 @@ __all__ = [
     "dequantize_weight",
     "integer_matmul",
     "low_bit_linear",
+    "low_bit_product",
     "quantize_activation",
     "quantize_kv",
     "quantize_weight",
@@ -126,17 +127,22 @@ def integer_matmul(codes: Tensor, weight_codes: Tensor, activation_bits: int, we
     return (left @ (weight_codes.to(dtype) - weight_zero).T).to(torch.int32)
 
 
+def low_bit_product(codes: Tensor, scale: Tensor, weight: QuantizedWeight, activation_bits: int) -> Tensor:
+    """Return the product of activation codes [..., in] and their scale with a quantised weight, float32 [..., out]."""
+    y = torch.zeros((), dtype=torch.float32)
+    for g, start in enumerate(range(0, codes.shape[-1], weight.group)):
+        part = slice(start, start + weight.group)
+        products = integer_matmul(codes[..., part], weight.codes[:, part], activation_bits, weight.bits)
+        y = y + products.float() * weight.scale[g]
+    return y * scale
+
+
 def low_bit_linear(x: Tensor, weight: QuantizedWeight, form: LinearFormat) -> Tensor:
     """Return the product of float32 `x` [..., in] with a quantised weight, float32 [..., out]."""
     if form.weight_only:
         return x @ dequantize_weight(weight).T
     codes, scale = quantize_activation(x, form.activation_bits, form.clip)
-    y = torch.zeros((), dtype=torch.float32)
-    for g, start in enumerate(range(0, x.shape[-1], weight.group)):
-        part = slice(start, start + weight.group)
-        products = integer_matmul(codes[..., part], weight.codes[:, part], form.activation_bits, weight.bits)
-        y = y + products.float() * weight.scale[g]
-    return y * scale
+    return low_bit_product(codes, scale, weight, form.activation_bits)
 
 
 def quantize_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -107,11 +107,12 @@ def bench(
 
 def _export(bundle: Bundle, folder: Path) -> Path:
     from planish.compiler.export import float_model, save_model
+    from planish.compiler.first_layers import open_first_layers
     from planish.compiler.layout import RECIPE_FILE
-    from planish.compiler.pipeline import open_source
     from planish.compiler.recipe import Recipe
 
-    return save_model(float_model(open_source(Recipe.read(bundle.path / RECIPE_FILE))), folder)
+    recipe = Recipe.read(bundle.path / RECIPE_FILE)
+    return save_model(float_model(open_first_layers(recipe.model, recipe.num_layers)), folder)
 
 
 def _measure(model: Path, threads: int, tokens: int, decode_tokens: int) -> dict[str, float]:

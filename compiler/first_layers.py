@@ -6,10 +6,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from planish.compiler.checkpoint import Checkpoint
+from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.checkpoint.files import write_json
 
-__all__ = ["FirstLayers"]
+__all__ = ["FirstLayers", "open_first_layers"]
+
+
+def open_first_layers(source: str | Path, layers: int | None) -> Checkpoint:
+    """Open a checkpoint, cut to its first `layers` decoder blocks; None keeps all. See `open_checkpoint` for errors."""
+    checkpoint = open_checkpoint(source)
+    return checkpoint if layers is None else FirstLayers(checkpoint, layers)
 
 
 class FirstLayers(Checkpoint):

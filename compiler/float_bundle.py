@@ -5,9 +5,8 @@ from math import prod
 from pathlib import Path
 
 from planish.compiler.bundle import Bundle
-from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.export import export_float
-from planish.compiler.first_layers import FirstLayers
+from planish.compiler.first_layers import open_first_layers
 from planish.compiler.manifest import Manifest
 from planish.compiler.progress import Progress, Silent
 from planish.compiler.work_folder import WorkFolder, check_output, check_space, code_fingerprint, raise_disk_full
@@ -32,9 +31,7 @@ def export_bundle(
     """
     out, told = Path(out), progress or Silent()
     check_output(out)
-    checkpoint: Checkpoint = open_checkpoint(model)
-    if num_layers is not None:
-        checkpoint = FirstLayers(checkpoint, num_layers)
+    checkpoint = open_first_layers(model, num_layers)
     checkpoint.check_tokenizer()
     fingerprint = checkpoint.fingerprint()
     work = WorkFolder(out, {"export": fingerprint, "code": code_fingerprint()}, told)

@@ -1,10 +1,12 @@
 """The oracle: a LLaMA decoder in PyTorch that computes in the arithmetic of a scheme, one layer at a time.
 
-It shares no code with the ONNX graph; the compiled model is right where the two agree.
+It shares no code with the ONNX graph, knows no cache (a sequence is computed whole, through the rounding that a cache
+would do), and is written to be read: the compiled model is right where the two agree.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,27 +16,43 @@ from planish.compiler.arithmetic import (
     QuantizedWeight,
     dequantize_kv,
     low_bit_linear,
+    low_bit_product,
+    quantize_activation,
     quantize_kv,
 )
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.config import LlamaConfig
-from planish.passes.scheme import LinearFormat, Scheme
+from planish.passes.quantize_linears import LM_HEAD
+from planish.passes.scheme import FLOAT_BITS, LinearFormat, Scheme
 
-__all__ = ["Batch", "Oracle", "OracleCache"]
+__all__ = ["Batch", "Follow", "Oracle"]
 
 #: module name, such as model.layers.3.self_attn.q_proj -> its codes
 WeightCodes = Callable[[str], QuantizedWeight]
-#: Per layer the (codes, scales) of keys and of values, or the floats themselves where the cache is not quantised.
-OracleCache = list[tuple[Tensor, Tensor | None, Tensor, Tensor | None]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What every layer needs to know of a batch: cos and sin [batch, seq, head_dim / 2], mask [batch, 1, seq, total]."""
+    """What every layer needs to know of a batch: cos and sin [batch, seq, head_dim / 2], mask [batch, 1, seq, seq]."""
 
     cos: Tensor
     sin: Tensor
     mask: Tensor
+
+
+class Follow(Protocol):
+    """Codes of another run of the same model, which the oracle checks against its own and then goes on with.
+
+    A value that lies between two codes may round either way when the floats before it differ in their last bit, and
+    one other code early on makes other activations everywhere behind it. Following the other run's roundings, once
+    each is shown to be within its rights, compares all the arithmetic and none of the luck.
+    """
+
+    def activation(self, site: str, scaled: Tensor, codes: Tensor) -> Tensor:
+        """Return the codes to go on with at `site`, given the oracle's, and its x / scale before rounding."""
+
+    def cached(self, name: str, x: Tensor, codes: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the codes and stored scales to go on with for the keys or values `x` that `name` caches."""
 
 
 class Oracle:
@@ -44,13 +62,17 @@ class Oracle:
         checkpoint: gives what stays in floating point.
         scheme: gives the formats.
         codes: gives the codes of quantised linears; not called for a float scheme.
+        follow: another run whose roundings to follow.
     """
 
-    def __init__(self, checkpoint: Checkpoint, scheme: Scheme, codes: WeightCodes) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, scheme: Scheme, codes: WeightCodes, follow: Follow | None = None
+    ) -> None:
         self.config: LlamaConfig = checkpoint.config
         self.scheme = scheme
         self._checkpoint = checkpoint
         self._codes = codes
+        self._follow = follow
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits, float32 [batch, sequence, vocab], of int64 `input_ids` [batch, sequence]."""
@@ -70,69 +92,76 @@ class Oracle:
         """Return the embeddings of `input_ids`, float32 [batch, sequence, hidden]."""
         return self._embeddings()[input_ids]
 
-    def batch(self, input_ids: Tensor, attention_mask: Tensor | None = None, past: int = 0) -> Batch:
-        """Return the angles and mask of a batch whose cache holds `past` tokens; mask is int [batch, past + seq]."""
-        rows, sequence = input_ids.shape
-        real = torch.ones(rows, past + sequence) if attention_mask is None else attention_mask
-        positions = (real.long().cumsum(1) - 1).clamp_min(0)[:, past:]
+    def batch(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Batch:
+        """Return the angles and mask of a batch; `attention_mask`, int [batch, sequence], is 0 at padding."""
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        positions = (real.cumsum(1) - 1).clamp_min(0)
         angles = positions[..., None].float() * torch.from_numpy(self.config.inv_freq())
-        slots = torch.arange(past + sequence)
-        seen = (slots <= slots[past:, None]) & real.bool()[:, None, None, :] | (slots == slots[past:, None])
+        slots = torch.arange(input_ids.shape[1])
+        seen = (slots <= slots[:, None]) & real.bool()[:, None, None, :] | (slots == slots[:, None])
         mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
         return Batch(angles.cos(), angles.sin(), mask)
 
-    def layer(self, i: int, x: Tensor, batch: Batch, cache: OracleCache | None = None) -> Tensor:
-        """Return the output of decoder block `i`; `cache`, if given, is read and then extended."""
+    def layer(self, i: int, x: Tensor, batch: Batch) -> Tensor:
+        """Return the output of decoder block `i` for the output `x` of the block before."""
         name = f"model.layers.{i}"
         h = self._norm(x, f"{name}.input_layernorm")
-        x = x + self._attention(i, h, batch, cache)
+        x = x + self._attention(i, h, batch)
         h = self._norm(x, f"{name}.post_attention_layernorm")
-        gate, up = (self._linear(h, f"{name}.mlp.{part}_proj", self.config.mlp_bias) for part in ("gate", "up"))
+        gate, up = self._linears(h, f"{name}.ffn_in", [f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"])
         hidden = torch.nn.functional.silu(gate) * up
-        return x + self._linear(hidden, f"{name}.mlp.down_proj", self.config.mlp_bias)
+        (down,) = self._linears(hidden, f"{name}.ffn_out", [f"{name}.mlp.down_proj"])
+        return x + down
 
     def head(self, x: Tensor) -> Tensor:
         """Return the logits of the last layer's output."""
         h = self._norm(x, "model.norm")
         if not self.scheme.lm_head.is_float:
-            return low_bit_linear(h, self._codes("lm_head"), self.scheme.lm_head)
+            return self._low_bit(h, LM_HEAD, [LM_HEAD], self.scheme.lm_head)[0]
         table = self._embeddings() if self.config.tie_word_embeddings else self._tensor("lm_head.weight")
         return h @ table.T
 
-    def _attention(self, i: int, h: Tensor, batch: Batch, cache: OracleCache | None) -> Tensor:
-        config, name = self.config, f"model.layers.{i}.self_attn"
+    def _attention(self, i: int, h: Tensor, batch: Batch) -> Tensor:
+        config, layer = self.config, f"model.layers.{i}"
+        modules = [f"{layer}.self_attn.{part}_proj" for part in "qkv"]
         query, key, value = (
-            self._linear(h, f"{name}.{part}_proj", config.attention_bias).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
-            for part in "qkv"
+            y.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for y in self._linears(h, f"{layer}.attn_in", modules)
         )
-        key, key_scale = self._store(_rotate(key, batch), self.scheme.key_bits)
-        value, value_scale = self._store(value, self.scheme.value_bits)
-        if cache is not None:
-            if i < len(cache):
-                past = cache[i]
-                key, value = torch.cat([past[0], key], 2), torch.cat([past[2], value], 2)
-                if key_scale is not None and value_scale is not None:
-                    assert past[1] is not None and past[3] is not None
-                    key_scale, value_scale = torch.cat([past[1], key_scale], 2), torch.cat([past[3], value_scale], 2)
-            cache[i : i + 1] = [(key, key_scale, value, value_scale)]
-        keys = key if key_scale is None else dequantize_kv(key, key_scale)
-        values = value if value_scale is None else dequantize_kv(value, value_scale)
+        keys = self._cached(f"{layer}.key", _rotate(key, batch), self.scheme.key_bits)
+        values = self._cached(f"{layer}.value", value, self.scheme.value_bits)
         keys, values = (t.repeat_interleave(config.groups, 1) for t in (keys, values))
         scores = _rotate(query, batch) @ keys.transpose(2, 3) * config.head_dim**-0.5 + batch.mask
         attended = scores.softmax(-1) @ values
-        return self._linear(attended.transpose(1, 2).flatten(2), f"{name}.o_proj", config.attention_bias)
+        (y,) = self._linears(attended.transpose(1, 2).flatten(2), f"{layer}.attn_out", [f"{layer}.self_attn.o_proj"])
+        return y
 
-    @staticmethod
-    def _store(x: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
-        return (x, None) if bits == 16 else quantize_kv(x, bits)
+    def _cached(self, name: str, x: Tensor, bits: int) -> Tensor:
+        """Return keys or values as attention reads them back from the cache."""
+        if bits == FLOAT_BITS:
+            return x
+        codes, stored = quantize_kv(x, bits)
+        if self._follow:
+            codes, stored = self._follow.cached(name, x, codes, stored)
+        return dequantize_kv(codes, stored)
 
-    def _linear(self, x: Tensor, module: str, bias: bool) -> Tensor:
-        form: LinearFormat = self.scheme.linear
-        if form.is_float:
-            y = x @ self._tensor(f"{module}.weight").T
+    def _linears(self, x: Tensor, site: str, modules: list[str]) -> list[Tensor]:
+        """Return the outputs of the linears that read `x`, which is quantised once, at `site`."""
+        if self.scheme.linear.is_float:
+            outputs = [x @ self._tensor(f"{module}.weight").T for module in modules]
         else:
-            y = low_bit_linear(x, self._codes(module), form)
-        return y + self._tensor(f"{module}.bias") if bias else y
+            outputs = self._low_bit(x, site, modules, self.scheme.linear)
+        has_bias = self.config.attention_bias if "self_attn" in modules[0] else self.config.mlp_bias
+        if has_bias:
+            outputs = [y + self._tensor(f"{module}.bias") for y, module in zip(outputs, modules, strict=True)]
+        return outputs
+
+    def _low_bit(self, x: Tensor, site: str, modules: list[str], form: LinearFormat) -> list[Tensor]:
+        if form.weight_only:
+            return [low_bit_linear(x, self._codes(module), form) for module in modules]
+        codes, scale = quantize_activation(x, form.activation_bits, form.clip)
+        if self._follow:
+            codes = self._follow.activation(site, x / scale, codes)
+        return [low_bit_product(codes, scale, self._codes(module), form.activation_bits) for module in modules]
 
     def _norm(self, x: Tensor, module: str) -> Tensor:
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)

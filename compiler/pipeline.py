@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from planish.compiler.bundle import Bundle
-from planish.compiler.checkpoint import Checkpoint, open_checkpoint
+from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.files import write_json
 from planish.compiler.export import save_model
-from planish.compiler.first_layers import FirstLayers
+from planish.compiler.first_layers import open_first_layers
 from planish.compiler.layout import MODEL_FILE, PLAN_FILE, RECIPE_FILE, engine_folder
 from planish.compiler.manifest import Manifest
 from planish.compiler.plan import make_plan
@@ -28,7 +28,7 @@ from planish.compiler.verify import verify
 from planish.compiler.work_folder import WorkFolder, check_output, check_space, code_fingerprint, raise_disk_full
 from planish.passes.scheme import Scheme
 
-__all__ = ["compile_model", "compile_recipe", "open_source"]
+__all__ = ["compile_model", "compile_recipe"]
 
 _T = TypeVar("_T")
 
@@ -105,7 +105,7 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
     scheme = recipe.parsed_scheme()
     check_targets(recipe)
     check_output(out)
-    checkpoint = open_source(recipe)
+    checkpoint = open_first_layers(recipe.model, recipe.num_layers)
     checkpoint.check_tokenizer()
     settings = {
         "recipe": recipe.model_dump(mode="json"),
@@ -118,12 +118,6 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
         _Compile(checkpoint, scheme, recipe, work, progress).run()
         work.publish()
     return Bundle.open(out, verify=False)
-
-
-def open_source(recipe: Recipe) -> Checkpoint:
-    """Open the checkpoint of a recipe, cut to its number of layers."""
-    checkpoint = open_checkpoint(recipe.model)
-    return checkpoint if recipe.num_layers is None else FirstLayers(checkpoint, recipe.num_layers)
 
 
 @dataclasses.dataclass

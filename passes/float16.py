@@ -144,7 +144,7 @@ def _given(value: ir.Value | None) -> ir.Value:
 
 
 def _half_tensor(tensor: ir.TensorProtocol) -> ir.LazyTensor:
-    def convert() -> ir.Tensor:
+    def convert() -> ir.TensorProtocol:
         array = tensor.numpy()
         largest = float(np.abs(array).max(initial=0))
         if largest > np.finfo(np.float16).max:
@@ -154,4 +154,4 @@ def _half_tensor(tensor: ir.TensorProtocol) -> ir.LazyTensor:
             )
         return ir.Tensor(array.astype(np.float16))
 
-    return ir.LazyTensor(convert, ir.DataType.FLOAT16, ir.Shape(tensor.shape), name=f"{tensor.name}.float16")
+    return ir.LazyTensor(convert, ir.DataType.FLOAT16, ir.Shape(tensor.numpy().shape), name=f"{tensor.name}.float16")

@@ -1,4 +1,4 @@
-"""Lower inputs with default values, which TensorRT's parser would freeze to the default, to inputs that must be given."""
+"""Lower inputs with default values to inputs that must be given: the parser would freeze them to the default."""
 
 import onnx_ir as ir
 

@@ -126,7 +126,8 @@ def _lower(graph: ir.Graph, node: ir.Node, slots: _Slots, context: int) -> None:
     heads = node.attributes.get_int("heads" if low_bit else "q_num_heads")
     caches = []
     for side in sides:
-        cache_type, cache_shape = ir.TensorType(ir.DataType.FLOAT), ["batch", side.heads, context, side.head_dim]
+        cache_type = ir.TensorType(ir.DataType.FLOAT)
+        cache_shape: list[int | str] = ["batch", side.heads, context, side.head_dim]
         side.past.type, side.past.shape = cache_type, ir.Shape(cache_shape)
         written = build.op("TensorScatter", [side.past, side.new, slots.write_indices], f"{side.name}.written", axis=2)
         written.type, written.shape = cache_type, ir.Shape(cache_shape)
@@ -150,8 +151,9 @@ def _float_sides(build: Builder, node: ir.Node, name: str) -> list[_Side]:
     sides = []
     for i, part in enumerate(("key", "value")):
         past = node.inputs[4 + i]
-        assert past is not None and past.shape is not None
-        heads, head_dim = int(past.shape[1]), int(past.shape[3])
+        assert past is not None
+        assert past.shape is not None
+        heads, head_dim = _fixed(past.shape[1]), _fixed(past.shape[3])
         new = _heads_first(build, node.inputs[1 + i], heads, head_dim, f"{name}.{part}")
         sides.append(_Side(f"{name}.{part}", new, past, node.outputs[1 + i], heads, head_dim))
     return sides
@@ -161,12 +163,15 @@ def _low_bit_sides(build: Builder, node: ir.Node, name: str) -> list[_Side]:
     sides = []
     for stored, part in ((node.inputs[1], "key"), (node.inputs[3], "value")):
         append = stored.producer() if stored is not None else None
-        assert append is not None and append.op_type in _APPENDS
+        assert append is not None
+        assert append.op_type in _APPENDS
         x, past, past_scale = append.inputs
-        assert x is not None and past is not None and past.shape is not None
+        assert x is not None
+        assert past is not None
+        assert past.shape is not None
         bits = _APPENDS[append.op_type]
         new = _round_to_codes(build, x, bits, f"{name}.{part}")
-        heads, head_dim = int(past.shape[1]), int(past.shape[3]) * 8 // bits
+        heads, head_dim = _fixed(past.shape[1]), _fixed(past.shape[3]) * 8 // bits
         present, present_scale = append.outputs
         sides.append(_Side(f"{name}.{part}", new, past, present, heads, head_dim, append, past_scale, present_scale))
     return sides
@@ -195,3 +200,8 @@ def _heads_first(build: Builder, x: ir.Value | None, heads: int, head_dim: int, 
     shape = build.ints([0, 0, heads, head_dim], f"{name}.split_shape")
     by_head = build.op("Reshape", [x, shape], f"{name}.split")
     return build.op("Transpose", [by_head], f"{name}.split_heads_first", perm=[0, 2, 1, 3])
+
+
+def _fixed(dim: object) -> int:
+    assert isinstance(dim, int)
+    return dim

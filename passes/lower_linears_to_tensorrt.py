@@ -15,7 +15,7 @@ input channels can leave float16, whatever the outliers of a token are.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +45,7 @@ class _Weight(NamedTuple):
 
     @property
     def outputs(self) -> int:
-        return int(self.codes.shape[0])
+        return _fixed(self.codes.shape[0])
 
     @property
     def zero(self) -> int:
@@ -53,7 +53,7 @@ class _Weight(NamedTuple):
 
     @property
     def grouped(self) -> bool:
-        return int(self.scale.shape[0]) > 1
+        return _fixed(self.scale.shape[0]) > 1
 
 
 class LowerLinearsToTensorrtPass(ir.passes.InPlacePass):
@@ -77,8 +77,10 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
     weight_only = node.op_type in _WEIGHT_ONLY
     bits = _WEIGHT_ONLY[node.op_type] if weight_only else _PRODUCTS[node.op_type]
     codes, scales = node.inputs[-2:]
-    assert codes is not None and codes.const_value is not None
-    assert scales is not None and scales.const_value is not None
+    assert codes is not None
+    assert codes.const_value is not None
+    assert scales is not None
+    assert scales.const_value is not None
     attributes = node.attributes
     weight = _Weight(codes.const_value, scales.const_value, bits, attributes.get_int("k"), attributes.get_int("group"))
     name = str(node.name).removesuffix(".product")
@@ -87,7 +89,8 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
         unit, token_scale = _normalize(build, node.inputs[0], name)
     else:
         quantize = node.inputs[0].producer() if node.inputs[0] is not None else None
-        assert quantize is not None and quantize.op_type == quantize_activation().name
+        assert quantize is not None
+        assert quantize.op_type == quantize_activation().name
         unit, token_scale = _quantize(build, quantize, name)
         old = [quantize, node]
     dequantized, column = _dequantize(graph, build, weight, name)
@@ -132,14 +135,14 @@ def _dequantize(graph: ir.Graph, build: Builder, weight: _Weight, name: str) -> 
     """Return W, float [K, N] in [-1, 1], and `column`, float [N]."""
     dtype = ir.DataType.INT8 if weight.bits == 8 else ir.DataType.INT4
 
-    def signed() -> ir.Tensor:
+    def signed() -> ir.TensorProtocol:
         codes = unpack(weight.codes.numpy(), weight.bits, weight.k).T.astype(np.int16) - weight.zero
         return ir.Tensor(codes.astype(dtype.numpy(), order="C"), dtype=dtype)
 
-    def column() -> ir.Tensor:
+    def column() -> ir.TensorProtocol:
         return ir.Tensor(_column(weight) * np.float32(weight.zero))
 
-    def step() -> ir.Tensor:
+    def step() -> ir.TensorProtocol:
         ratio = weight.scale.numpy().astype(np.float32) / _column(weight) / np.float32(weight.zero)
         return ir.Tensor(np.repeat(ratio, -(-weight.group // block), axis=0)[: weight.k // block])
 
@@ -150,8 +153,8 @@ def _dequantize(graph: ir.Graph, build: Builder, weight: _Weight, name: str) -> 
         steps = _lazy(build, step, ir.DataType.FLOAT, [weight.k // block, weight.outputs], f"{name}.steps")
     else:
         steps = _equal_steps(graph, build, weight, block)
-    blocked = {"axis": 0, "block_size": block} if len(steps.shape or []) == 2 else {"axis": 1}
-    return build.op("DequantizeLinear", [codes, steps], f"{name}.weight", **blocked), factor
+    by_block: dict[str, Any] = {"axis": 0, "block_size": block} if len(steps.shape or []) == 2 else {"axis": 1}
+    return build.op("DequantizeLinear", [codes, steps], f"{name}.weight", **by_block), factor
 
 
 def _equal_steps(graph: ir.Graph, build: Builder, weight: _Weight, block: int) -> ir.Value:
@@ -169,14 +172,19 @@ def _equal_steps(graph: ir.Graph, build: Builder, weight: _Weight, block: int) -
 
 def _column(weight: _Weight) -> npt.NDArray[np.float32]:
     """Return the scale of each output channel, or with groups the power of two above its largest, float32 [N]."""
-    scale = weight.scale.numpy().astype(np.float32)
+    scale: npt.NDArray[np.float32] = weight.scale.numpy().astype(np.float32)
     if not weight.grouped:
-        return scale[0]
+        return scale.reshape(-1)
     exponents = np.frexp(scale.max(axis=0))[1]
-    return np.ldexp(np.float32(1), exponents)
+    return np.ldexp(np.ones_like(exponents, np.float32), exponents)
 
 
 def _lazy(
     build: Builder, make: Callable[[], ir.TensorProtocol], dtype: ir.DataType, shape: list[int], name: str
 ) -> ir.Value:
     return build.initializer(ir.LazyTensor(make, dtype, ir.Shape(shape), name=name), name)
+
+
+def _fixed(dim: object) -> int:
+    assert isinstance(dim, int)
+    return dim

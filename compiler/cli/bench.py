@@ -42,14 +42,13 @@ def run_bench(
         )
     content = found.to_dict()
     low, other = found.bundle, found.against
-    out.line(f"{tokens} tokens, {threads} threads, medians of {repeats} repeats in turn; against {against.value}")
-    out.rows(
-        {
-            "prefill tokens/s": f"{low.prefill:8.1f} {other.prefill:8.1f}   {content['prefill_speedup']:.2f} x as fast",
-            "decode tokens/s": f"{low.decode:8.1f} {other.decode:8.1f}   {content['decode_speedup']:.2f} x as fast",
-            "resident MiB": f"{low.resident_mib:8.1f} {other.resident_mib:8.1f}   {content['memory_ratio']:.2f} x as much",
-            "peak MiB": f"{low.peak_mib:8.1f} {other.peak_mib:8.1f}",
-            "load s": f"{low.load_seconds:8.2f} {other.load_seconds:8.2f}",
-        }
-    )
+    out.line(f"{tokens} tokens, {threads} threads, medians of {repeats} repeats in turn; bundle and {against.value}")
+    for name, ours, theirs, ratio in (
+        ("prefill tokens/s", low.prefill, other.prefill, content["prefill_speedup"]),
+        ("decode tokens/s", low.decode, other.decode, content["decode_speedup"]),
+        ("resident MiB", low.resident_mib, other.resident_mib, content["memory_ratio"]),
+        ("peak MiB", low.peak_mib, other.peak_mib, low.peak_mib / other.peak_mib),
+        ("load seconds", low.load_seconds, other.load_seconds, low.load_seconds / other.load_seconds),
+    ):
+        out.line(f"{name:<16} {ours:9.2f} {theirs:9.2f}   {ratio:.2f} x")
     out.result(content)

@@ -141,24 +141,31 @@ class Session:
             Logits, float32 [batch, kept, vocab], and the cache extended by the new tokens. The old cache stays valid.
         """
         ids = np.asarray(input_ids, np.int64)
-        cache = cache or self.empty_cache(len(ids))
         new_mask = np.ones_like(ids) if mask is None else np.asarray(mask, np.int64)
+        logits, extended, _ = self._step(ids, cache or self.empty_cache(len(ids)), new_mask, logits_to_keep, ())
+        return logits, extended
+
+    def run_traced(
+        self, input_ids: npt.ArrayLike, cache: Cache | None, names: Sequence[str]
+    ) -> tuple[Floats, Cache, list[npt.NDArray[Any]]]:
+        """Run new tokens as `run` does, and also return the graph outputs called `names`."""
+        ids = np.asarray(input_ids, np.int64)
+        return self._step(ids, cache or self.empty_cache(len(ids)), np.ones_like(ids), 0, names)
+
+    def _step(
+        self, ids: Ints, cache: Cache, new_mask: Ints, logits_to_keep: int, names: Sequence[str]
+    ) -> tuple[Floats, Cache, list[npt.NDArray[Any]]]:
         seen = np.concatenate([cache.mask, new_mask], axis=1)
         positions = np.maximum(seen.cumsum(axis=1) - 1, 0)[:, len(cache) :]
-        logits, tensors = self._run(
-            {
-                "input_ids": ids,
-                "attention_mask": seen,
-                "position_ids": np.ascontiguousarray(positions),
-                "num_logits_to_keep": np.asarray(logits_to_keep, np.int64),
-            },
-            cache.tensors,
-        )
-        return logits, Cache(tuple(tensors), seen)
-
-    def _run(self, feeds: dict[str, Ints], cache: Sequence[Any]) -> tuple[Floats, Sequence[Any]]:
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": seen,
+            "position_ids": np.ascontiguousarray(positions),
+            "num_logits_to_keep": np.asarray(logits_to_keep, np.int64),
+        }
         # An IOBinding would refuse num_logits_to_keep, which is an initializer that a feed overrides.
         values = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items()}
-        values.update(zip(self.cache_inputs, cache, strict=True))
-        logits, *present = self._session.run_with_ort_values(self._outputs, values)
-        return logits.numpy(), present
+        values.update(zip(self.cache_inputs, cache.tensors, strict=True))
+        logits, *rest = self._session.run_with_ort_values([*self._outputs, *names], values)
+        present, extra = rest[: len(self._slots)], rest[len(self._slots) :]
+        return logits.numpy(), Cache(tuple(present), seen), [value.numpy() for value in extra]

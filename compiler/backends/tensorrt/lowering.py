@@ -22,7 +22,7 @@ def lower_to_tensorrt(model: ir.Model, max_context: int) -> ir.Model:
         LowerKvCacheToTensorrtPass(max_context),
         LowerDefaultsToTensorrtPass(),
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
         Float16Pass(),
     )

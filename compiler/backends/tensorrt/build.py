@@ -1,0 +1,133 @@
+"""Build the TensorRT engine of a planish model."""
+
+import dataclasses
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import onnx_ir as ir
+
+from planish.compiler.backends.tensorrt.engine_json import (
+    ENGINE_FILE,
+    ENGINE_FORMAT,
+    ENGINE_JSON,
+    EngineRecord,
+    record_file,
+)
+from planish.compiler.backends.tensorrt.fallbacks import fallbacks
+from planish.compiler.backends.tensorrt.flavour import flavour_of
+from planish.compiler.backends.tensorrt.job import Job
+from planish.compiler.backends.tensorrt.lowering import lower_to_tensorrt
+from planish.compiler.backends.tensorrt.process import run_job
+from planish.compiler.export import save_model
+from planish.compiler.progress import Progress, Silent
+
+__all__ = ["DEFAULT_SMS", "EngineBuild", "build_engines"]
+
+#: GeForce RTX 30 (86), 40 (89) and 50 (120): what one TensorRT-RTX engine is built for unless told otherwise.
+DEFAULT_SMS = (86, 89, 120)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineBuild:
+    """A finished engine.
+
+    Attributes:
+        folder: holds the engine, the ONNX model it came from, and engine.json.
+        record: the contents of engine.json.
+    """
+
+    folder: Path
+    record: EngineRecord
+
+    @property
+    def engine(self) -> Path:
+        """The engine file."""
+        return self.folder / self.record.engine.file
+
+
+def build_engines(
+    model: ir.Model | Path,
+    folder: Path,
+    *,
+    flavour: str,
+    sms: Sequence[int] = DEFAULT_SMS,
+    max_batch: int = 4,
+    max_prompt: int = 512,
+    max_context: int = 2048,
+    progress: Progress | None = None,
+) -> EngineBuild:
+    """Lower a portable model, low-bit or float, and build its engine into `folder`.
+
+    One engine serves all `sms`: TensorRT-RTX stores the graph and makes the kernels on the first run, so that a
+    further SM costs bytes, not megabytes. TensorRT builds for the GPU at hand and takes no notice of `sms`. Files
+    replace older ones only when everything is built, engine.json last.
+
+    Args:
+        model: the portable model, or the path of one.
+        folder: where to; made if need be.
+        flavour: 'rtx' or 'tensorrt'.
+        sms: compute capabilities times ten.
+        max_batch: sequences at most.
+        max_prompt: new tokens of a call at most; never more than `max_context`.
+        max_context: slots of the cache, fixed when the engine is built.
+        progress: told how far the build is.
+
+    Raises:
+        MissingExtraError: if the package of `flavour` is not installed.
+        EngineBuildError: if TensorRT refuses an op, which the message names, or fails.
+    """
+    told, package = progress or Silent(), flavour_of(flavour)
+    package.load()
+    portable = ir.load(model) if isinstance(model, Path) else model
+    folder.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".build-", dir=folder))
+    try:
+        lowered = save_model(
+            lower_to_tensorrt(portable, max_context),
+            work,
+            lambda done, total: told.step(f"lower to {flavour}", done, total),
+        )
+        job = Job(
+            flavour=flavour,
+            model=str(lowered),
+            engine=str(work / ENGINE_FILE),
+            sms=tuple(sms),
+            max_batch=max_batch,
+            max_prompt=min(max_prompt, max_context),
+        )
+        built = run_job(job, told)
+        record = EngineRecord(
+            format=ENGINE_FORMAT,
+            planish=metadata.version("planish"),
+            flavour=flavour,
+            tensorrt=built.version,
+            cuda=package.cuda_major(),
+            system=f"{platform.system()} {platform.machine()}",
+            sms=built.sms,
+            engine=record_file(work / ENGINE_FILE),
+            onnx=tuple(record_file(path) for path in sorted(work.glob(f"{lowered.name}*"))),
+            inputs=built.inputs,
+            outputs=built.outputs,
+            max_batch=max_batch,
+            max_prompt=job.max_prompt,
+            max_context=max_context,
+            fallbacks=fallbacks(portable),
+            build_seconds=round(built.seconds, 1),
+        )
+        record.write(work)
+        _publish(work, folder)
+    finally:
+        shutil.rmtree(work)
+    return EngineBuild(folder, record)
+
+
+def _publish(work: Path, folder: Path) -> None:
+    """Move the files of `work` into `folder`; while engine.json is away, there is no engine."""
+    (folder / ENGINE_JSON).unlink(missing_ok=True)
+    for path in sorted(work.iterdir(), key=lambda path: path.name == ENGINE_JSON):
+        os.replace(path, folder / path.name)

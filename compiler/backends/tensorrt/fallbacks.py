@@ -1,0 +1,40 @@
+"""What a TensorRT engine holds or computes otherwise than the portable model, and why."""
+
+import onnx_ir as ir
+
+from planish.compiler.backends.tensorrt.engine_json import Fallback
+from planish.plugins.ops import DOMAIN, append_kv, matmul, quantize_activation, weight_only_matmul
+from planish.plugins.packing import PACKED_BITS
+
+__all__ = ["fallbacks"]
+
+
+def fallbacks(model: ir.Model) -> tuple[Fallback, ...]:
+    """Return the fallbacks of a portable model; none for a float model."""
+    ops = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    found = [
+        Fallback(
+            what=f"{bits}-bit weight codes",
+            instead="stored in 4 bits each",
+            why=f"TensorRT has no {bits}-bit type",
+        )
+        for bits in (2, 3)
+        if ops & {matmul(bits).name, weight_only_matmul(bits).name}
+    ]
+    if quantize_activation().name in ops:
+        found.append(
+            Fallback(
+                what="products of activation codes and weight codes",
+                instead="multiplied in float16, which holds every code exactly; only the sum is rounded",
+                why="without a plugin TensorRT has no integer product with scales found at run time",
+            )
+        )
+    if ops & {append_kv(bits).name for bits in PACKED_BITS}:
+        found.append(
+            Fallback(
+                what="low-bit KV cache",
+                instead="stored as float16, each number rounded to its code's value (fake-quantised)",
+                why="TensorRT's cache update takes float caches only",
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,37 @@
+"""A tiny checkpoint and bundles made of it, shared by the tests that only read them."""
+
+from pathlib import Path
+
+import pytest
+
+from planish.compiler.bundle import Bundle
+from planish.compiler.float_bundle import export_bundle
+from planish.compiler.pipeline import compile_model
+from tests.tiny import write_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder."""
+    return write_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def float_bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The float export of `tiny`."""
+    return export_bundle(tiny, tmp_path_factory.mktemp("float") / "out")
+
+
+@pytest.fixture(scope="session")
+def bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """`tiny` compiled in w4a8k8v8 for ONNX Runtime."""
+    return compile_model(tiny, tmp_path_factory.mktemp("compiled") / "out", scheme="w4a8k8v8")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of a few thousand tokens, some of which take several bytes."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    sentence = "the hen and the tin man's otter ran in; her café is 北 of the inn, number {}. "
+    path.write_text("".join(sentence.format(i) for i in range(60)), encoding="utf-8")
+    return path

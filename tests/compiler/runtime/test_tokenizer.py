@@ -1,0 +1,111 @@
+"""Encoding, streaming and chat templates agree with transformers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from planish.compiler.errors import TokenizerError
+from planish.compiler.runtime.tokenizer import Tokenizer
+
+MESSAGES = [
+    {"role": "system", "content": 'Be "brief" & <kind>.'},
+    {"role": "user", "content": "Hé 北?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "Why?"},
+]
+
+TEMPLATES = {
+    "whitespace control": "{% for m in messages %}\n    {% if m.role != 'system' %}\n{{ m.role }}\n    {% endif %}\n{% endfor %}",
+    "tojson": "{{ bos_token }}{{ messages | tojson }}{{ messages[1] | tojson(indent=2) }}{{ eos_token }}",
+    "loop controls": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "namespace": "{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}{% endfor %}{{ n.x }}",
+    "generation prompt": "{{ messages|length }}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    "date": "{{ strftime_now('%Y') | length }}",
+}
+
+
+@pytest.fixture
+def folder(tiny: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny, tmp_path / "model")
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("generation_prompt", [True, False])
+def test_chat_is_what_transformers_renders(folder: Path, template: str, generation_prompt: bool) -> None:
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        MESSAGES, tokenize=False, add_generation_prompt=generation_prompt
+    )
+    assert Tokenizer(folder).chat(MESSAGES, generation_prompt=generation_prompt) == expected
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_template_in_tokenizer_config(folder: Path, named: bool) -> None:
+    (folder / "chat_template.jinja").unlink()
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    text = "{{ messages[0].content }}!"
+    config["chat_template"] = [{"name": "tool", "template": "no"}, {"name": "default", "template": text}]
+    if not named:
+        config["chat_template"] = text
+    path.write_text(json.dumps(config))
+    assert Tokenizer(folder).chat([{"role": "user", "content": "hi"}]) == "hi!"
+
+
+def test_template_may_refuse_and_may_not_reach_out(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(TokenizerError, match="roles must alternate"):
+        Tokenizer(folder).chat(MESSAGES)
+    path.write_text("{{ messages.append(1) }}{{ ''.__class__.__mro__ }}")
+    with pytest.raises(TokenizerError, match="unsafe"):
+        Tokenizer(folder).chat(MESSAGES)
+
+
+def test_no_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(TokenizerError, match="no chat template"):
+        Tokenizer(folder).chat(MESSAGES)
+
+
+def test_missing_or_damaged_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        Tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(TokenizerError, match="does not exist"):
+        Tokenizer(folder)
+
+
+def test_encoding_is_that_of_transformers(tiny: Path) -> None:
+    text = "the otter, naïve: 北京 😀 <|eos|> 123\n"
+    assert Tokenizer(tiny).encode(text) == AutoTokenizer.from_pretrained(tiny)(text)["input_ids"]
+
+
+def test_stream_gives_the_text_piece_by_piece(tiny: Path) -> None:
+    tokenizer = Tokenizer(tiny)
+    text = "the naïve 北京 😀 hen"
+    ids = tokenizer.encode(text)
+    stream = tokenizer.stream()
+    pieces = [stream.push(token) for token in ids]
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+    assert stream.finish() == ""
+
+
+def test_stream_leaves_out_special_tokens_and_tokens_beyond_the_vocabulary(tiny: Path) -> None:
+    tokenizer = Tokenizer(tiny)
+    (token,) = tokenizer.encode("h")
+    stream = tokenizer.stream()
+    # 0 to 2 are special; the model's vocabulary of 272 is larger than the tokenizer's.
+    assert [stream.push(i) for i in (0, token, 271, 1, token)] == ["", "h", "", "", "h"]
+
+
+def test_stream_ends_with_the_remains_of_a_character(tiny: Path) -> None:
+    tokenizer = Tokenizer(tiny)
+    stream = tokenizer.stream()
+    ids = tokenizer.encode("a😀")[:-1]
+    assert "".join(stream.push(token) for token in ids) + stream.finish() == tokenizer.decode(ids) == "a\ufffd"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planish.compiler.config import LlamaConfig
 from planish.compiler.errors import NotPlanishModelError
@@ -14,6 +14,9 @@ from planish.compiler.runtime.generate import GREEDY, Sampling, generate
 from planish.compiler.runtime.session import Session
 from planish.compiler.runtime.tokenizer import Tokenizer
 from planish.passes.scheme import Scheme
+
+if TYPE_CHECKING:
+    from planish.compiler.backends.tensorrt import EngineRecord
 
 __all__ = ["Bundle"]
 
@@ -113,11 +116,25 @@ class Bundle:
 
         Raises:
             NotPlanishModelError: if the bundle was not compiled for `target`.
+            ValueError: if `target` is not one that ONNX Runtime executes.
         """
+        if target not in (None, "ort", "portable"):
+            raise ValueError(f"ONNX Runtime executes 'ort' and 'portable', not {target!r}; see Bundle.engine")
         key = (target, threads)
         if key not in self._sessions:
             self._sessions[key] = Session(self.model_path(target), threads)
         return self._sessions[key]
+
+    def engine(self, target: str) -> "EngineRecord":
+        """Check that the engine of `target` ('rtx' or 'tensorrt') runs on this machine, and return its engine.json.
+
+        Raises:
+            EngineMismatchError: if it was built for another GPU, TensorRT or system; the message says which.
+            NotPlanishModelError: if the bundle was not compiled for `target`.
+        """
+        from planish.compiler.backends.tensorrt import check_engine
+
+        return check_engine(self.model_path(target).parent, target)
 
     def generate(
         self,

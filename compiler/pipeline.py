@@ -162,7 +162,7 @@ class _Compile:
         return quantize_checkpoint(self.checkpoint, self.scheme, self.work.codes, step)
 
     def _lower(self, target: str) -> None:
-        lower(target, self.work.bundle, self.recipe, self._max_context(), self.progress)
+        lower(target, self.work.bundle, self.recipe, self.checkpoint.config.max_context, self.progress)
 
     def _stage(self, name: str, folder: Path, make: Callable[[], object]) -> None:
         """Make the files in `folder`, unless a run before finished that."""

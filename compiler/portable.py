@@ -11,6 +11,7 @@ from planish.passes.merge_linears import MergeLinearsPass
 from planish.passes.quantize_kv_cache import QuantizeKvCachePass
 from planish.passes.quantize_linears import QuantizeLinearsPass
 from planish.passes.scheme import Scheme
+from planish.passes.sequence import run_passes
 
 __all__ = ["portable_model"]
 
@@ -27,11 +28,5 @@ def portable_model(checkpoint: Checkpoint, scheme: Scheme, codes: CodesSource) -
         return CheckpointTensor(checkpoint, name, dtype, transpose=transpose)
 
     quantize_linears = QuantizeLinearsPass(scheme, codes)
-    passes = ir.passes.Sequential(
-        MergeLinearsPass(),
-        quantize_linears,
-        QuantizeKvCachePass(scheme),
-        common.RemoveUnusedNodesPass(),
-    )
-    model = passes(build_decoder(checkpoint.config, weight)).model
-    return model, quantize_linears.left_float
+    passes = [MergeLinearsPass(), quantize_linears, QuantizeKvCachePass(scheme), common.RemoveUnusedNodesPass()]
+    return run_passes(build_decoder(checkpoint.config, weight), passes), quantize_linears.left_float

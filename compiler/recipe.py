@@ -26,10 +26,11 @@ class Recipe(BaseModel):
         select: the policy that picks a transform per site; `none` rounds to nearest without any.
         targets: what to lower to; `ort` is integer products in ONNX Runtime, `rtx` and `tensorrt` are engines.
         num_layers: keep only this many of the first decoder blocks; None keeps all.
-        max_context: tokens of prompt and answer together; None is what the model was made for.
-        max_batch_size: sequences that an engine takes at once.
-        max_input_len: prompt tokens that an engine takes at once; None is `max_context`.
-        sms: GPU generations to build engines for, such as 89; empty is the target's own list.
+        max_context: tokens of prompt and answer together; None is what the model was made for, and for engines, whose
+            cache has a fixed size, 2048 at most.
+        max_batch_size: sequences that an engine takes at once; None is the default of `build_engines`.
+        max_input_len: prompt tokens that an engine takes at once; None is the default of `build_engines`.
+        sms: GPU generations to build engines for, such as 89; None is the default of `build_engines`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,9 +42,9 @@ class Recipe(BaseModel):
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("ort",)
     num_layers: PositiveInt | None = None
     max_context: PositiveInt | None = None
-    max_batch_size: PositiveInt = 1
+    max_batch_size: PositiveInt | None = None
     max_input_len: PositiveInt | None = None
-    sms: tuple[PositiveInt, ...] = ()
+    sms: tuple[PositiveInt, ...] | None = None
 
     @classmethod
     def read(cls, path: Path | None = None, **given: Any) -> "Recipe":

@@ -1,6 +1,7 @@
 """Which targets there are, what each needs, and the call that builds each."""
 
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -10,6 +11,9 @@ from planish.compiler.progress import Progress
 from planish.compiler.recipe import Recipe
 
 __all__ = ["check_targets", "lower"]
+
+#: Slots of an engine's cache unless asked for otherwise: they are allocated whether they are used or not.
+_ENGINE_CONTEXT = 2048
 
 
 def check_targets(recipe: Recipe) -> None:
@@ -24,14 +28,20 @@ def check_targets(recipe: Recipe) -> None:
         require("tensorrt")
 
 
-def lower(target: str, bundle: Path, recipe: Recipe, max_context: int, progress: Progress) -> None:
+def lower(target: str, bundle: Path, recipe: Recipe, longest: int, progress: Progress) -> None:
     """Lower the portable model in `bundle` to `target`, into its folder below engines/.
+
+    Args:
+        target: one of `TARGETS`.
+        bundle: the folder of the bundle.
+        recipe: gives what was asked for.
+        longest: the longest context, in tokens, that the model itself allows.
+        progress: is told how far the work is.
 
     Raises:
         EngineBuildError: if an engine cannot be built.
     """
-    model = ir.load(bundle / MODEL_FILE)
-    folder = engine_folder(bundle, target)
+    model, folder = ir.load(bundle / MODEL_FILE), engine_folder(bundle, target)
     folder.mkdir(parents=True, exist_ok=True)
     if target == "ort":
         from planish.compiler.backends.ort import build_ort
@@ -40,13 +50,11 @@ def lower(target: str, bundle: Path, recipe: Recipe, max_context: int, progress:
         return
     from planish.compiler.backends.tensorrt import build_engines
 
-    build_engines(
-        model,
-        folder,
-        flavour=target,
-        sms=recipe.sms,
-        max_batch=recipe.max_batch_size,
-        max_prompt=recipe.max_input_len,
-        max_context=max_context,
-        progress=progress,
-    )
+    limits: dict[str, Any] = {
+        "max_context": min(recipe.max_context or _ENGINE_CONTEXT, longest),
+        "max_batch": recipe.max_batch_size,
+        "max_prompt": recipe.max_input_len,
+        "sms": recipe.sms,
+    }
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    build_engines(model, folder, flavour=target, progress=progress, **given)

@@ -19,6 +19,8 @@ _HALF_INPUTS = {
 _MOVES = {"Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 
 
+#: The largest float16 number.
+_LARGEST = float(np.finfo(np.float16).max)
 _HALF = ir.TensorType(ir.DataType.FLOAT16)
 
 
@@ -147,9 +149,9 @@ def _half_tensor(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     def convert() -> ir.TensorProtocol:
         array = tensor.numpy()
         largest = float(np.abs(array).max(initial=0))
-        if largest > np.finfo(np.float16).max:
+        if largest > _LARGEST:
             raise Float16RangeError(
-                f"The weight '{tensor.name}' holds {largest:.6g}, more than float16 can (65504). Give it low bits by "
+                f"The weight '{tensor.name}' holds {largest:.6g}, more than float16 can ({_LARGEST:.0f}). Give it low bits by "
                 "the scheme or, for lm_head, by its own format: low-bit weights carry their scales in float32."
             )
         return ir.Tensor(array.astype(np.float16))

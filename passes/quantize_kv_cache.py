@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from planish.passes.builder import Builder, replace_nodes
 from planish.passes.declare import declare
-from planish.passes.scheme import Scheme
+from planish.passes.scheme import Scheme, SchemeError
 from planish.plugins.ops import DOMAIN, append_kv, attend
 from planish.plugins.packing import packed_size
 
@@ -41,6 +41,12 @@ class QuantizeKvCachePass(ir.passes.InPlacePass):
     def _quantize(self, model: ir.Model, node: ir.Node) -> None:
         query, key, value, mask, past_key, past_value = node.inputs
         _, present_key, present_value = node.outputs
+        head_dim = _dims(past_key)[1]
+        if head_dim % 8:
+            raise SchemeError(
+                f"A low-bit cache packs heads of a multiple of 8 channels, and this model's have {head_dim}. "
+                "Leave the cache in floating point: drop the k and v parts of the scheme."
+            )
         build = Builder()
         scheme, name = self._scheme, str(node.name).removesuffix(".attend")
         heads = node.attributes.get_int("q_num_heads")
@@ -48,7 +54,6 @@ class QuantizeKvCachePass(ir.passes.InPlacePass):
         stored_value = self._store(model, build, value, past_value, present_value, f"{name}.value", scheme.value_bits)
         op = attend(scheme.key_bits, scheme.value_bits)
         declare(model, op)
-        head_dim = _dims(past_key)[1]
         attended = build.op(
             op.name,
             [query, *stored_key.outputs, *stored_value.outputs, mask],

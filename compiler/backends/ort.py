@@ -10,21 +10,22 @@ from planish.passes.fuse_residual_norm import FuseResidualNormPass
 from planish.passes.lower_kv_cache_to_ort import LowerKvCacheToOrtPass
 from planish.passes.lower_linears_to_ort import LowerLinearsToOrtPass
 from planish.passes.merge_rotary import MergeRotaryPass
+from planish.passes.sequence import run_passes
 
 __all__ = ["build_ort", "lower_to_ort"]
 
 
 def lower_to_ort(model: ir.Model) -> ir.Model:
     """Return `model` lowered in place: integer products, and no function left that is not used."""
-    passes = ir.passes.Sequential(
+    passes = [
         MergeRotaryPass(),
         FuseResidualNormPass(),
         LowerLinearsToOrtPass(),
         LowerKvCacheToOrtPass(),
         common.InlinePass(),
         common.RemoveUnusedNodesPass(),
-    )
-    lowered = passes(model).model
+    ]
+    lowered = run_passes(model, passes)
     lowered.graph.opset_imports.pop("planish", None)
     return lowered
 

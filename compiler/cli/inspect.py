@@ -7,6 +7,7 @@ import typer
 
 from planish.compiler.bundle import Bundle
 from planish.compiler.cli.app import JsonFlag, Output
+from planish.compiler.errors import EngineMismatchError, MissingExtraError
 
 __all__ = ["run_inspect"]
 
@@ -15,7 +16,8 @@ def run_inspect(bundle: Annotated[Path, typer.Argument(help="A bundle.")], json:
     """Check the files of a bundle and say what is in it."""
     from planish.compiler.inspection import inspect
 
-    out, found = Output(json), inspect(Bundle.open(bundle))
+    out, opened = Output(json), Bundle.open(bundle)
+    found, engines = inspect(opened), _engines(opened)
     sizes = ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in found.sizes.items())
     out.rows(
         {
@@ -27,6 +29,22 @@ def run_inspect(bundle: Annotated[Path, typer.Argument(help="A bundle.")], json:
             "context": f"{found.max_context} tokens",
             "targets": ", ".join(found.targets) or "none: the portable model alone",
             "sizes": sizes,
+            **{f"engine {target}": state for target, state in engines.items()},
         }
     )
-    out.result(found.to_dict())
+    out.result({**found.to_dict(), "engines": engines})
+
+
+def _engines(bundle: Bundle) -> dict[str, str]:
+    """Return target -> whether its engine runs on this machine, in words."""
+    engines = {}
+    for target in bundle.manifest.targets:
+        if target == "ort":
+            continue
+        try:
+            record = bundle.engine(target)
+        except (EngineMismatchError, MissingExtraError) as error:
+            engines[target] = str(error)
+        else:
+            engines[target] = f"runs here; up to {record.max_batch} sequences of {record.max_context} tokens"
+    return engines

@@ -66,9 +66,7 @@ def build_decoder(config: LlamaConfig, weight: WeightSource) -> ir.Model:
         query = build.op(
             "RotaryEmbedding", [query, cos, sin], f"{attention}.q_rope", num_heads=config.num_attention_heads
         )
-        key = build.op(
-            "RotaryEmbedding", [key, cos, sin], f"{attention}.k_rope", num_heads=config.num_key_value_heads
-        )
+        key = build.op("RotaryEmbedding", [key, cos, sin], f"{attention}.k_rope", num_heads=config.num_key_value_heads)
         attended, *present = build.ops(
             "Attention",
             [query, key, value, mask, *past],
@@ -140,11 +138,17 @@ def _attention_mask(build: Builder, input_ids: ir.Value, attention_mask: ir.Valu
 
     zero, one = build.ints(0, "model.mask.zero"), build.ints(1, "model.mask.one")
     key_axes, query_axes = build.ints([1, 2], "model.mask.key_axes"), build.ints([-1], "model.mask.query_axes")
-    sequence = build.op("Squeeze", [build.op("Shape", [input_ids], "model.mask.seq", start=1, end=2)], "model.mask.sequence")
-    total = build.op("Squeeze", [build.op("Shape", [attention_mask], "model.mask.tot", start=1, end=2)], "model.mask.total")
+    sequence = build.op(
+        "Squeeze", [build.op("Shape", [input_ids], "model.mask.seq", start=1, end=2)], "model.mask.sequence"
+    )
+    total = build.op(
+        "Squeeze", [build.op("Shape", [attention_mask], "model.mask.tot", start=1, end=2)], "model.mask.total"
+    )
     past = build.op("Sub", [total, sequence], "model.mask.past")
     key_slots = range_of(zero, total, "model.mask.key_slots")
-    query_slots = build.op("Unsqueeze", [range_of(past, total, "model.mask.slots"), query_axes], "model.mask.query_slots")
+    query_slots = build.op(
+        "Unsqueeze", [range_of(past, total, "model.mask.slots"), query_axes], "model.mask.query_slots"
+    )
     causal = build.op("LessOrEqual", [key_slots, query_slots], "model.mask.causal")
     itself = build.op("Equal", [key_slots, query_slots], "model.mask.itself")
     real = build.op("Cast", [attention_mask], "model.mask.real", to=ir.DataType.BOOL)
@@ -160,7 +164,11 @@ def _attention_mask(build: Builder, input_ids: ir.Value, attention_mask: ir.Valu
 def _last_positions(build: Builder, x: ir.Value, keep: ir.Value) -> ir.Value:
     """Return x[:, -keep:]; -0 is 0, so that keep = 0 keeps all."""
     axis, end = build.ints([1], "logits_to_keep.axis"), build.ints([np.iinfo(np.int64).max], "logits_to_keep.end")
-    start = build.op("Unsqueeze", [build.op("Neg", [keep], "logits_to_keep.neg"), build.ints([0], "logits_to_keep.dim")], "logits_to_keep.start")
+    start = build.op(
+        "Unsqueeze",
+        [build.op("Neg", [keep], "logits_to_keep.neg"), build.ints([0], "logits_to_keep.dim")],
+        "logits_to_keep.start",
+    )
     return build.op("Slice", [x, start, end, axis], "logits_to_keep")
 
 

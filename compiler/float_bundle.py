@@ -34,8 +34,8 @@ def export_bundle(
     checkpoint = open_first_layers(model, num_layers)
     checkpoint.check_tokenizer()
     fingerprint = checkpoint.fingerprint()
-    work = WorkFolder(out, {"export": fingerprint, "code": code_fingerprint()}, told)
-    with raise_disk_full(out):
+    settings = {"export": fingerprint, "code": code_fingerprint()}
+    with WorkFolder.hold(out, settings, told) as work, raise_disk_full(out):
         check_space(work.path, 4 * sum(prod(checkpoint.shape(name)) for name in checkpoint.names()))
         export_float(checkpoint, work.bundle, lambda done, total: told.step("export", done, total))
         scheme = Scheme.parse("w16a16k16v16")

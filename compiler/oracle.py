@@ -125,7 +125,8 @@ class Oracle:
         config, layer = self.config, f"model.layers.{i}"
         modules = [f"{layer}.self_attn.{part}_proj" for part in "qkv"]
         query, key, value = (
-            y.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for y in self._linears(h, f"{layer}.attn_in", modules)
+            y.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+            for y in self._linears(h, f"{layer}.attn_in", modules)
         )
         keys = self._cached(f"{layer}.key", _rotate(key, batch), self.scheme.key_bits)
         values = self._cached(f"{layer}.value", value, self.scheme.value_bits)

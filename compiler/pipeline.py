@@ -112,8 +112,7 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
         "checkpoint": checkpoint.fingerprint(),
         "code": code_fingerprint(),
     }
-    work = WorkFolder(out, settings, progress)
-    with raise_disk_full(out):
+    with WorkFolder.hold(out, settings, progress) as work, raise_disk_full(out):
         check_space(work.path, _bytes_needed(checkpoint, scheme, recipe))
         _Compile(checkpoint, scheme, recipe, work, progress).run()
         work.publish()

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 import planish.compiler
 import planish.passes
@@ -31,20 +31,29 @@ class WorkFolder:
         codes: for the quantised blocks.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], progress: Progress) -> None:
-        """Make the folder, or take up the one that a run with equal `settings` left.
+    def __init__(self, out: Path) -> None:
+        """Use `WorkFolder.hold`, which makes the folder."""
+        self._out = out
+        self.path = out.with_name(out.name + ".partial")
+        self.bundle, self.codes = self.path / "bundle", self.path / "codes"
+        self._state: dict[str, Any] = {}
+
+    @classmethod
+    @contextlib.contextmanager
+    def hold(cls, out: Path, settings: dict[str, Any], progress: Progress) -> Iterator[Self]:
+        """Make the folder, or take up the one that a run with equal `settings` left, and keep others from it meanwhile.
 
         Raises:
             OutputFolderError: if it cannot be made, or is in use, or holds what planish did not write.
         """
-        self._out = out
-        self.path = out.with_name(out.name + ".partial")
-        self.bundle, self.codes = self.path / "bundle", self.path / "codes"
-        with _as_output_error(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._hold_lock()
-            self._state = self._resume(settings, progress)
-            self.bundle.mkdir(exist_ok=True)
+        work = cls(out)
+        with contextlib.ExitStack() as stack:
+            with _as_output_error(work.path):
+                work.path.mkdir(parents=True, exist_ok=True)
+                _lock(stack.enter_context((work.path / _LOCK).open("w")), out)
+                work._state = work._resume(settings, progress)
+                work.bundle.mkdir(exist_ok=True)
+            yield work
 
     def finished(self, stage: str) -> bool:
         """Say whether `stage` was finished before, and all its files still have their sizes."""
@@ -65,18 +74,7 @@ class WorkFolder:
         """
         with _as_output_error(self._out):
             self.bundle.rename(self._out)
-        self._lock.close()
         shutil.rmtree(self.path)
-
-    def _hold_lock(self) -> None:
-        # The lock ends with the process, however it ends.
-        self._lock = (self.path / _LOCK).open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputFolderError(
-                f"Another compile is writing to {self._out}. Wait for it, or choose another output folder."
-            ) from error
 
     def _resume(self, settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
         state = self.path / _STATE
@@ -102,6 +100,16 @@ class WorkFolder:
     def _sizes(self, names: Iterable[str]) -> dict[str, int]:
         paths = {name: self.path / name for name in names}
         return {name: path.stat().st_size if path.is_file() else -1 for name, path in paths.items()}
+
+
+def _lock(file: IO[str], out: Path) -> None:
+    # The lock ends when the file is closed, and so with the process, however that ends.
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputFolderError(
+            f"Another compile is writing to {out}. Wait for it, or choose another output folder."
+        ) from error
 
 
 def check_output(out: Path) -> None:

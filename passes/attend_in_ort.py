@@ -78,7 +78,9 @@ def query_blocks(build: Builder, input_ids: ir.Value, mask: ir.Value) -> QueryBl
     """Add the nodes that cut the queries into blocks, once for all layers."""
     sequence = build.op("Shape", [input_ids], "blocks.sequence", start=1, end=2)
     total = build.op("Shape", [mask], "blocks.total", start=3, end=4)
-    decoding = build.op("Equal", [build.op("Squeeze", [sequence], "blocks.scalar"), build.ints(1, "blocks.one")], "blocks.decoding")
+    decoding = build.op(
+        "Equal", [build.op("Squeeze", [sequence], "blocks.scalar"), build.ints(1, "blocks.one")], "blocks.decoding"
+    )
     count = build.ints([_BLOCKS], "blocks.count")
 
     def share(parts: range, name: str) -> ir.Value:
@@ -92,7 +94,10 @@ def query_blocks(build: Builder, input_ids: ir.Value, mask: ir.Value) -> QueryBl
     each_end = build.ops("Split", [key_ends], "blocks.key_end", _BLOCKS, axis=0, num_outputs=_BLOCKS)
     rows = build.ops("Split", [mask, sizes], "blocks.mask_rows", _BLOCKS, axis=2)
     zero, axis = build.ints([0], "blocks.zero"), build.ints([3], "blocks.key_axis")
-    masks = [build.op("Slice", [row, zero, end, axis], f"blocks.mask_{i}") for i, (row, end) in enumerate(zip(rows, each_end, strict=True))]
+    masks = [
+        build.op("Slice", [row, zero, end, axis], f"blocks.mask_{i}")
+        for i, (row, end) in enumerate(zip(rows, each_end, strict=True))
+    ]
     return QueryBlocks(decoding, sizes, list(each_end), mask, masks)
 
 
@@ -191,7 +196,13 @@ def _dequantized(inner: Builder, name: str, cache: Cache) -> tuple[ir.Value, ir.
     )
     whole = []
     for role, bits, packed, scale, zero, added in zip(
-        ("key", "value"), cache.bits, cache.past, (key_scale, value_scale), (key_zero, value_zero), new_parts, strict=True
+        ("key", "value"),
+        cache.bits,
+        cache.past,
+        (key_scale, value_scale),
+        (key_zero, value_zero),
+        new_parts,
+        strict=True,
     ):
         codes = inner.op(unpack(bits).name, [packed], f"{name}.past_{role}_codes", domain=DOMAIN)
         past = dequantize(codes, scale, zero, f"past_{role}")

@@ -54,9 +54,7 @@ class Builder:
         """Add an initializer called `name` and return its value."""
         if isinstance(tensor, np.ndarray):
             tensor = ir.tensor(tensor, name=name)
-        value = ir.Value(
-            name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape)
-        )
+        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
         self.initializers.append(value)
         return value
 
@@ -69,9 +67,7 @@ class Builder:
         return self.initializer(np.asarray(values, np.float32), name)
 
 
-def replace_nodes(
-    graph: ir.Graph, old: Sequence[ir.Node], builder: Builder, outputs: dict[ir.Value, ir.Value]
-) -> None:
+def replace_nodes(graph: ir.Graph, old: Sequence[ir.Node], builder: Builder, outputs: dict[ir.Value, ir.Value]) -> None:
     """Put the builder's nodes where `old` stood, and let `outputs` (old value -> new value) take over its uses.
 
     New values keep their own names, except that one which replaces a graph output takes the name of that output.

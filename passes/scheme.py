@@ -103,7 +103,9 @@ class Scheme:
             if bits not in (*PACKED_BITS, FLOAT_BITS):
                 raise SchemeError(f"{bits}-bit {role} do not exist here; use 2, 3, 4, 8 or 16 (float).")
         if (self.key_bits == FLOAT_BITS) != (self.value_bits == FLOAT_BITS):
-            raise SchemeError("The cache is quantised as a whole: give both keys and values 2, 3, 4 or 8 bits, or both 16.")
+            raise SchemeError(
+                "The cache is quantised as a whole: give both keys and values 2, 3, 4 or 8 bits, or both 16."
+            )
 
     @classmethod
     def parse(cls, text: str, lm_head: str | None = None) -> "Scheme":

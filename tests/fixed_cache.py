@@ -48,7 +48,7 @@ class FixedCacheModel:
         }
 
     def __call__(self, ids: Array, mask: Array, past: int, keep: int = 0) -> Array:
-        """Return the logits of `ids` [batch, sequence], written behind `past` slots; `mask` [batch, past + sequence]."""
+        """Return the logits of `ids` [batch, sequence] behind `past` slots; `mask` is [batch, past + sequence]."""
         whole = np.zeros((len(ids), self.context), np.int64)
         whole[:, : mask.shape[1]] = mask
         feeds = {
@@ -68,8 +68,10 @@ class FixedCacheModel:
 
     def in_chunks(self, ids: Array, sizes: list[int], mask: Array) -> Array:
         """Return the logits of `ids`, fed in chunks of `sizes` tokens."""
-        ends = np.cumsum(sizes)
-        parts = [
-            self(ids[:, end - size : end], mask[:, :end], end - size) for size, end in zip(sizes, ends, strict=True)
-        ]
-        return np.concatenate(parts, 1)
+        logits, start = [], 0
+        for size in sizes:
+            end = start + size
+            logits.append(self(ids[:, start:end], mask[:, :end], start))
+            start = end
+        assert start == ids.shape[1]
+        return np.concatenate(logits, 1)

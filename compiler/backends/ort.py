@@ -24,10 +24,10 @@ def lower_to_ort(model: ir.Model) -> ir.Model:
         LowerKvCacheToOrtPass(),
         common.InlinePass(),
         common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
     ]
-    lowered = run_passes(model, passes)
-    lowered.graph.opset_imports.pop("planish", None)
-    return lowered
+    return run_passes(model, passes)
 
 
 def build_ort(model: ir.Model, folder: Path, progress: Progress | None = None) -> Path:

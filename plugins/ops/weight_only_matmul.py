@@ -1,6 +1,6 @@
 """PlanishWeightOnlyMatMul{bits}: float activations times packed weight codes.
 
-    y[t, n] = sum_k x[t, k] * weight_scale[k // group, n] * (w[n, k] - 2^(bits-1))
+y[t, n] = sum_k x[t, k] * weight_scale[k // group, n] * (w[n, k] - 2^(bits-1))
 """
 
 import functools

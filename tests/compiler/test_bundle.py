@@ -47,10 +47,10 @@ def test_a_changed_byte_is_found(copy: Path, name: str) -> None:
 def test_a_truncated_and_a_missing_file_are_found(copy: Path) -> None:
     path = copy / "model.onnx.data"
     os.truncate(path, 100)
-    with pytest.raises(BundleCorruptError, match="model.onnx.data has 100 bytes instead of"):
+    with pytest.raises(BundleCorruptError, match=r"model\.onnx\.data has 100 bytes instead of"):
         Bundle.open(copy)
     path.unlink()
-    with pytest.raises(BundleCorruptError, match="lacks model.onnx.data"):
+    with pytest.raises(BundleCorruptError, match=r"lacks model\.onnx\.data"):
         Bundle.open(copy)
 
 

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
@@ -20,6 +20,7 @@ from planish.compiler.bundle import Bundle
 from planish.compiler.errors import AccuracyError, DiskFullError, OutputFolderError, PlanishError
 from planish.compiler.pipeline import compile_model
 from planish.compiler.progress import Silent
+from planish.compiler.verify import verify
 from planish.compiler.work_folder import WorkFolder
 from tests.tiny import write_tiny
 
@@ -129,10 +130,9 @@ def test_a_work_folder_with_other_files_is_left_alone(tiny: Path, tmp_path: Path
 
 
 def test_two_compiles_do_not_share_an_output(tiny: Path, tmp_path: Path) -> None:
-    held = WorkFolder(tmp_path / "out", {}, Silent())
-    with pytest.raises(OutputFolderError, match="Another compile"):
-        compile_model(tiny, tmp_path / "out", scheme=SCHEME)
-    del held
+    out = tmp_path / "out"
+    with WorkFolder.hold(out, {}, Silent()), pytest.raises(OutputFolderError, match="Another compile"):
+        compile_model(tiny, out, scheme=SCHEME)
 
 
 def test_too_little_disk_is_found_before_work_begins(
@@ -160,9 +160,10 @@ def test_a_full_disk_is_told_and_resumed(
     def full(*_: object) -> None:
         raise error
 
-    with monkeypatch.context() as patch, pytest.raises(DiskFullError, match="run the same command again"):
+    with monkeypatch.context() as patch:
         patch.setattr(pipeline, "save_model", full)
-        compile_model(tiny, out, scheme=SCHEME, num_layers=1)
+        with pytest.raises(DiskFullError, match="run the same command again"):
+            compile_model(tiny, out, scheme=SCHEME, num_layers=1)
     assert not out.exists()
     heard = Heard()
     compile_model(tiny, out, scheme=SCHEME, num_layers=1, progress=heard)
@@ -185,24 +186,24 @@ def test_a_failed_verification_leaves_no_bundle(tiny: Path, tmp_path: Path, monk
     assert not (tmp_path / "out").exists()
 
 
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> None:
-    """Let `module.name` do its work, then stop the compile as Ctrl-C would."""
-    real: Callable[..., object] = getattr(module, name)
+def compile_until_verified(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile, stopped after the verification as by Ctrl-C."""
 
-    def stop(*args: object, **options: object) -> None:
-        real(*args, **options)
+    def stop(*args: Any) -> None:
+        verify(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, name, stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "verify", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compile_model(model, out, scheme=SCHEME)
 
 
 def test_an_interrupted_compile_keeps_finished_stages(
     tiny: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, heard = tmp_path / "out", Heard()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after(patch, pipeline, "verify")
-        compile_model(tiny, out, scheme=SCHEME)
+    compile_until_verified(tiny, out, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "save_model", lambda *_: pytest.fail("the portable model was written before"))
         patch.setattr(pipeline, "lower", lambda *_: pytest.fail("the model was lowered before"))
@@ -218,9 +219,7 @@ def test_a_damaged_stage_is_made_again(
     tiny: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after(patch, pipeline, "verify")
-        compile_model(tiny, out, scheme=SCHEME)
+    compile_until_verified(tiny, out, monkeypatch)
     os.truncate(partial(out) / "bundle" / "model.onnx.data", 5)
     assert model_hashes(compile_model(tiny, out, scheme=SCHEME)) == model_hashes(bundle)
 
@@ -230,9 +229,7 @@ def test_work_of_another_compile_is_discarded(
     change: str, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, out, heard = shutil.copytree(tiny, tmp_path / "model"), tmp_path / "out", Heard()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after(patch, pipeline, "verify")
-        compile_model(model, out, scheme=SCHEME)
+    compile_until_verified(model, out, monkeypatch)
     if change == "weights":
         write_tiny(model, seed=1)
     if change == "code":
@@ -246,7 +243,9 @@ def test_a_killed_compile_resumes(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     # Enough blocks that the process is still busy when the first of them is on disk.
     model = write_tiny(tmp_path / "deep", num_hidden_layers=24, intermediate_size=512)
-    command = f"from planish.compiler import compile_model; compile_model({str(model)!r}, {str(out)!r}, scheme='{SCHEME}')"
+    command = (
+        f"from planish.compiler import compile_model; compile_model({str(model)!r}, {str(out)!r}, scheme='{SCHEME}')"
+    )
     process = subprocess.Popen([sys.executable, "-c", command])
     blocks = partial(out) / "codes"
     deadline = time.monotonic() + 60

@@ -1,5 +1,6 @@
 """Run the building process and turn the ways it can end into results and errors."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -31,16 +32,17 @@ def run_job(job: Job, progress: Progress) -> Built:
     """
     stage = f"build {job.flavour} engine"
     log: deque[str] = deque(maxlen=_LAST_LINES)
-    with tempfile.TemporaryFile("w+") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
-        )
+    command = [sys.executable, "-m", WORKER]
+    with (
+        tempfile.TemporaryFile("w+") as stderr,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+    ):
         try:
             result = _converse(process, job, log, lambda percent: progress.step(stage, percent, 100))
             code = process.wait()
-        finally:
+        except BaseException:
             process.kill()
-            process.wait()
+            raise
         if isinstance(result, Built) and code == 0:
             return result
         if isinstance(result, Failed):
@@ -56,7 +58,8 @@ def _converse(
     """Send the job and read messages until the process closes its output; return the last word, if it spoke one."""
     result: Built | Failed | None = None
     stdin, stdout = _pipes(process)
-    with stdin:
+    # A worker that is dead already says why when its end is looked at.
+    with contextlib.suppress(BrokenPipeError), stdin:
         stdin.write(job.model_dump_json())
     for line in stdout:
         try:

@@ -91,8 +91,12 @@ def _logger(trt: ModuleType, send: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
+            #: Warnings that nothing reads an input: the engine would build, and mean something else.
+            self.unused: list[str] = []
 
         def log(self, severity: Any, text: str) -> None:
+            if "Unused Input" in text:
+                self.unused.append(text)
             if severity in (trt.ILogger.WARNING, trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 send(Log(text=text))
 
@@ -106,6 +110,10 @@ def _parse(flavour: Flavour, trt: ModuleType, network: Any, logger: Any, job: Jo
         raise EngineBuildError(
             f"{flavour.title} {trt.__version__} cannot parse {len(refused)} part(s) of the model:\n  "
             + "\n  ".join(refused)
+        )
+    if logger.unused:
+        raise EngineBuildError(
+            f"{flavour.title} {trt.__version__} would ignore part of the model:\n  " + "\n  ".join(logger.unused)
         )
 
 

@@ -151,8 +151,8 @@ def _half_tensor(tensor: ir.TensorProtocol) -> ir.LazyTensor:
         largest = float(np.abs(array).max(initial=0))
         if largest > _LARGEST:
             raise Float16RangeError(
-                f"The weight '{tensor.name}' holds {largest:.6g}, more than float16 can ({_LARGEST:.0f}). Give it low bits by "
-                "the scheme or, for lm_head, by its own format: low-bit weights carry their scales in float32."
+                f"The weight '{tensor.name}' holds {largest:.6g}, more than float16 can ({_LARGEST:.0f}). Give it low "
+                "bits, by the scheme or lm_head's own format: low-bit weights carry their scales in float32."
             )
         return ir.Tensor(array.astype(np.float16))
 

@@ -61,6 +61,10 @@ def _build(job: Job, send: Any) -> Built:
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise EngineBuildError(f"{flavour.title} {trt.__version__} built no engine.")
+    if logger.unused:
+        raise EngineBuildError(
+            f"{flavour.title} {trt.__version__} would ignore part of the model:\n  " + "\n  ".join(logger.unused)
+        )
     with Path(job.engine).open("wb") as file:
         file.write(memoryview(engine))
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
@@ -110,10 +114,6 @@ def _parse(flavour: Flavour, trt: ModuleType, network: Any, logger: Any, job: Jo
         raise EngineBuildError(
             f"{flavour.title} {trt.__version__} cannot parse {len(refused)} part(s) of the model:\n  "
             + "\n  ".join(refused)
-        )
-    if logger.unused:
-        raise EngineBuildError(
-            f"{flavour.title} {trt.__version__} would ignore part of the model:\n  " + "\n  ".join(logger.unused)
         )
 
 

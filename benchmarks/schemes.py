@@ -1,0 +1,93 @@
+"""Perplexity, size and speed of a model under several schemes, each beside the PyTorch oracle of the same scheme.
+
+    python benchmarks/schemes.py --text wikitext2_valid.txt --scheme w4a8k8v8 --scheme w4a4k4v4
+
+Bundles go to `--folder` and are kept there, so a run that was stopped goes on with the schemes that are missing.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from planish.compiler.bench import bench
+from planish.compiler.bundle import Bundle
+from planish.compiler.evaluation import evaluate, read_text
+from planish.compiler.inspection import inspect
+from planish.compiler.oracle import Oracle
+from planish.compiler.pipeline import compile_recipe, open_source
+from planish.compiler.progress import Silent
+from planish.compiler.quantize import quantize_checkpoint
+from planish.compiler.recipe import Recipe
+
+
+def oracle_perplexity(recipe: Recipe, bundle: Bundle, text: Path, seqlen: int, windows: int, scratch: Path) -> float:
+    """Return the oracle's perplexity by the protocol of `evaluate`."""
+    checkpoint, scheme = open_source(recipe), recipe.parsed_scheme()
+    codes = quantize_checkpoint(checkpoint, scheme, scratch)
+    ids = np.asarray(bundle.tokenizer.encode(read_text(text))[: seqlen * windows]).reshape(windows, seqlen)
+    oracle, total = Oracle(checkpoint, scheme, codes.quantized), 0.0
+    with torch.inference_mode():
+        for batch in torch.from_numpy(ids).split(4):
+            logits = oracle.logits(batch)[:, :-1]
+            total += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).double(), batch[:, 1:].flatten(), reduction="sum"
+            ).item()
+    return math.exp(total / (windows * (seqlen - 1)))
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--scheme", action="append", required=True)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--folder", type=Path, default=Path("out/schemes"))
+    parser.add_argument("--oracle", action="store_true", help="also compute the oracle's perplexity")
+    parser.add_argument("--speed", action="store_true", help="also measure speed and memory against the float model")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+
+    rows = []
+    for scheme in arguments.scheme:
+        recipe = Recipe.read(None, model=arguments.model, scheme=scheme)
+        out = arguments.folder / scheme
+        bundle = Bundle.open(out) if out.exists() else compile_recipe(recipe, out, Silent())
+        found = inspect(bundle)
+        measured = evaluate(
+            bundle.session(threads=2), bundle.tokenizer, arguments.text, seqlen=arguments.seqlen, windows=arguments.windows
+        )
+        row = {
+            "scheme": scheme,
+            "average_bits": found.average_bits,
+            "kv_bytes_per_token": found.kv_bytes_per_token,
+            "perplexity": measured.perplexity,
+        }
+        if arguments.oracle:
+            row["oracle_perplexity"] = oracle_perplexity(
+                recipe, bundle, arguments.text, arguments.seqlen, arguments.windows, arguments.folder / f"{scheme}.codes"
+            )
+        if arguments.speed:
+            row |= {k: v for k, v in bench(bundle).to_dict().items() if k.endswith(("speedup", "ratio"))}
+        rows.append(row)
+
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    table = Table(title=f"{arguments.model}, {arguments.windows} windows of {arguments.seqlen} of {arguments.text.name}")
+    for name in rows[0]:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,9 +18,10 @@ from rich.table import Table
 from planish.compiler.bench import bench
 from planish.compiler.bundle import Bundle
 from planish.compiler.evaluation import evaluate, read_text
+from planish.compiler.first_layers import open_first_layers
 from planish.compiler.inspection import inspect
 from planish.compiler.oracle import Oracle
-from planish.compiler.pipeline import compile_recipe, open_source
+from planish.compiler.pipeline import compile_recipe
 from planish.compiler.progress import Silent
 from planish.compiler.quantize import quantize_checkpoint
 from planish.compiler.recipe import Recipe
@@ -28,7 +29,7 @@ from planish.compiler.recipe import Recipe
 
 def oracle_perplexity(recipe: Recipe, bundle: Bundle, text: Path, seqlen: int, windows: int, scratch: Path) -> float:
     """Return the oracle's perplexity by the protocol of `evaluate`."""
-    checkpoint, scheme = open_source(recipe), recipe.parsed_scheme()
+    checkpoint, scheme = open_first_layers(recipe.model, recipe.num_layers), recipe.parsed_scheme()
     codes = quantize_checkpoint(checkpoint, scheme, scratch)
     ids = np.asarray(bundle.tokenizer.encode(read_text(text))[: seqlen * windows]).reshape(windows, seqlen)
     oracle, total = Oracle(checkpoint, scheme, codes.quantized), 0.0

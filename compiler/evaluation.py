@@ -58,7 +58,7 @@ def evaluate(
         TextError: if the file cannot be read or holds fewer windows; the message says how many fit.
 
     Example:
-        >>> evaluate(bundle.session(), bundle.tokenizer, "text.txt", seqlen=32, windows=2).tokens
+        >>> evaluate(bundle.session(), bundle.tokenizer, text, seqlen=32, windows=2).tokens
         62
     """
     if seqlen < 2 or windows < 1:

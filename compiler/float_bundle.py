@@ -9,7 +9,7 @@ from planish.compiler.export import export_float
 from planish.compiler.first_layers import open_first_layers
 from planish.compiler.manifest import Manifest
 from planish.compiler.progress import Progress, Silent
-from planish.compiler.work_folder import WorkFolder, check_output, check_space, code_fingerprint, raise_disk_full
+from planish.compiler.work_folder import WorkFolder, check_output, check_space, clear_errors, code_fingerprint
 from planish.passes.scheme import Scheme
 
 __all__ = ["export_bundle"]
@@ -35,7 +35,7 @@ def export_bundle(
     checkpoint.check_tokenizer()
     fingerprint = checkpoint.fingerprint()
     settings = {"export": fingerprint, "code": code_fingerprint()}
-    with WorkFolder.hold(out, settings, told) as work, raise_disk_full(out):
+    with WorkFolder.hold(out, settings, told) as work, clear_errors(out):
         check_space(work.path, 4 * sum(prod(checkpoint.shape(name)) for name in checkpoint.names()))
         export_float(checkpoint, work.bundle, lambda done, total: told.step("export", done, total))
         scheme = Scheme.parse("w16a16k16v16")

@@ -78,7 +78,7 @@ def inspect(bundle: Bundle) -> Inspection:
     """Read the portable model of `bundle`, its weights excepted, and count.
 
     Example:
-        >>> inspect(bundle).average_bits < 4.25
+        >>> inspect(bundle).average_bits < 5
         True
     """
     model = onnx.load(bundle.model_path("portable"), load_external_data=False)

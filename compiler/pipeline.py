@@ -25,7 +25,7 @@ from planish.compiler.report import write_report
 from planish.compiler.runtime.tokenizer import Tokenizer
 from planish.compiler.targets import check_targets, lower
 from planish.compiler.verify import verify
-from planish.compiler.work_folder import WorkFolder, check_output, check_space, code_fingerprint, raise_disk_full
+from planish.compiler.work_folder import WorkFolder, check_output, check_space, clear_errors, code_fingerprint
 from planish.passes.scheme import Scheme
 
 __all__ = ["compile_model", "compile_recipe"]
@@ -112,7 +112,7 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
         "checkpoint": checkpoint.fingerprint(),
         "code": code_fingerprint(),
     }
-    with WorkFolder.hold(out, settings, progress) as work, raise_disk_full(out):
+    with WorkFolder.hold(out, settings, progress) as work, clear_errors(out):
         check_space(work.path, _bytes_needed(checkpoint, scheme, recipe))
         _Compile(checkpoint, scheme, recipe, work, progress).run()
         work.publish()

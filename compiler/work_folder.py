@@ -14,10 +14,10 @@ import planish.compiler
 import planish.passes
 import planish.plugins
 from planish.compiler.checkpoint.files import write_json
-from planish.compiler.errors import DiskFullError, OutputFolderError
+from planish.compiler.errors import DiskFullError, OutputFolderError, PlanishError
 from planish.compiler.progress import Progress
 
-__all__ = ["WorkFolder", "check_output", "check_space", "code_fingerprint", "raise_disk_full"]
+__all__ = ["WorkFolder", "check_output", "check_space", "clear_errors", "code_fingerprint"]
 
 _STATE, _LOCK = "state.json", "lock"
 
@@ -140,16 +140,29 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def raise_disk_full(out: Path) -> Iterator[None]:
-    """Turn the many ways in which libraries say that a disk is full into DiskFullError."""
+def clear_errors(out: Path) -> Iterator[None]:
+    """Turn the many ways in which libraries say that a disk is full into DiskFullError, and unwrap planish's errors.
+
+    onnx_ir wraps whatever goes wrong while it writes a tensor, such as a weight that is not finite.
+    """
     try:
         yield
     except Exception as error:
-        if not _says_disk_full(error):
-            raise
-        raise DiskFullError(
-            f"The disk of {out} is full. Free some space and run the same command again: what is finished is kept."
-        ) from error
+        for cause in _causes(error):
+            if isinstance(cause, PlanishError):
+                raise cause from cause.__cause__
+            if _says_disk_full(cause):
+                raise DiskFullError(
+                    f"The disk of {out} is full. Free some space and run the same command again: what is finished is "
+                    "kept."
+                ) from error
+        raise
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def code_fingerprint() -> str:
@@ -163,7 +176,7 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def _says_disk_full(error: Exception) -> bool:
+def _says_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     # safetensors reports in words; numpy's tofile counts what it could not write and has no errno.

@@ -6,7 +6,6 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from planish.compiler.export import Progress, save_model
-from planish.passes.fuse_residual_norm import FuseResidualNormPass
 from planish.passes.lower_kv_cache_to_ort import LowerKvCacheToOrtPass
 from planish.passes.lower_linears_to_ort import LowerLinearsToOrtPass
 from planish.passes.merge_rotary import MergeRotaryPass
@@ -19,7 +18,6 @@ def lower_to_ort(model: ir.Model) -> ir.Model:
     """Return `model` lowered in place: integer products, and no function left that is not used."""
     passes = [
         MergeRotaryPass(),
-        FuseResidualNormPass(),
         LowerLinearsToOrtPass(),
         LowerKvCacheToOrtPass(),
         common.InlinePass(),

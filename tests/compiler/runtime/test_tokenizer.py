@@ -18,7 +18,7 @@ MESSAGES = [
 ]
 
 TEMPLATES = {
-    "whitespace control": "{% for m in messages %}\n  {% if m.role != 'user' %}\n{{ m.role }}\n  {% endif %}\n{% endfor %}",
+    "whitespace control": "{% for m in messages %}\n  {% if m.role %}\n{{ m.role }}\n  {% endif %}\n{% endfor %}",
     "tojson": "{{ bos_token }}{{ messages | tojson }}{{ messages[1] | tojson(indent=2) }}{{ eos_token }}",
     "loop controls": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
     "namespace": "{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}{% endfor %}{{ n.x }}",

@@ -30,8 +30,8 @@ __all__ = [
 _SHARES = torch.logspace(0, -0.9, 24, base=10.0)
 #: Rounds of "best scale for these codes, best codes for this scale" after the search.
 _REFITS = 3
-#: Weights searched at a time: bounds the temporaries at a few hundred MiB.
-_CHUNK = 1 << 23
+#: Weights searched at a time: the temporaries stay in the processor's cache, which makes it several times faster.
+_CHUNK = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True)

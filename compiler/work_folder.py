@@ -126,15 +126,16 @@ def check_output(out: Path) -> None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Check that the disk of `folder`, which exists, has `needed` bytes free.
+    """Check that the disk of `folder` has room for what is still to be written of `needed` bytes in that folder.
 
     Raises:
-        DiskFullError: if it has less.
+        DiskFullError: if it has not.
     """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free, more = shutil.disk_usage(folder).free, max(0, needed - there)
+    if free < more:
         raise DiskFullError(
-            f"The disk of {folder} has {free / 1e9:.2f} GB free and the compile needs about {needed / 1e9:.2f} GB. "
+            f"The disk of {folder} has {free / 1e6:.1f} MB free and the compile needs about {more / 1e6:.1f} MB. "
             "Free some, or choose an output folder on another disk."
         )
 

@@ -141,7 +141,8 @@ def _lower(graph: ir.Graph, node: ir.Node, slots: _Slots, context: int) -> None:
             graph.outputs.remove(side.present_scale)
     appends = [side.append for side in sides if side.append is not None]
     presents = {side.present: written for side, written in zip(sides, caches, strict=True)}
-    replace_nodes(graph, [*appends, node], build, {node.outputs[0]: y, **presents})
+    # The attention comes first in the list because what is built takes the place of the first.
+    replace_nodes(graph, [node, *appends], build, {node.outputs[0]: y, **presents})
     for side in sides:
         if side.past_scale is not None:
             graph.inputs.remove(side.past_scale)

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from planish.passes.float16 import Float16Pass
 from planish.passes.lower_linears_to_tensorrt import LowerLinearsToTensorrtPass
@@ -105,6 +106,14 @@ def relative_to_token(found: Array, expected: Array) -> float:
     return float((np.abs(found - expected) / np.where(size > 0, size, 1)).max())
 
 
+def run_in_float16(linear: Linear, x: Array) -> Array:
+    """Return the product by numpy, which rounds every float16 result; ONNX Runtime skips some."""
+    model = Float16Pass()(LowerLinearsToTensorrtPass()(linear.model()).model).model
+    model.functions.clear()
+    found: Array = ReferenceEvaluator(ir.to_proto(model)).run(["y"], {"x": x})[0]
+    return found
+
+
 @pytest.mark.parametrize("linear", LINEARS, ids=str)
 def test_lowered_linear_equals_the_planish_op(linear: Linear) -> None:
     x = activations(linear.k)
@@ -119,24 +128,23 @@ def test_lowered_linear_equals_the_planish_op(linear: Linear) -> None:
 @pytest.mark.parametrize("linear", LINEARS, ids=str)
 def test_float16_rounds_once(linear: Linear) -> None:
     x = activations(linear.k)
-    model = Float16Pass()(LowerLinearsToTensorrtPass()(linear.model()).model).model
-    (found,) = plain_session(ir.to_proto(model)).run(None, {"x": x})
+    found = run_in_float16(linear, x)
     # Codes are exact in float16; float activations are rounded first, and add up in the square.
     bound = 2**-10 if linear.activation_bits == 16 else 2**-11 + 1e-6
     assert relative_to_token(found, exact(linear, x)) < bound
 
 
-@pytest.mark.parametrize("group", [None, 64])
-def test_weight_scales_beyond_float16_do_not_matter(group: int | None) -> None:
-    # Scales of groups are stored in float16, some of them subnormal; those of channels in float32.
-    scales = (1e-6, 1e-2) if group else (1e-12, 1e8)
+# With groups every weight, code times ratio, is rounded as well, and a channel's largest output may be a difference.
+@pytest.mark.parametrize(("group", "bound"), [(None, 2**-10), (64, 2**-8)])
+def test_weight_scales_beyond_float16_do_not_matter(group: int | None, bound: float) -> None:
+    # Scales of groups are stored in float16, these all subnormal; those of channels in float32.
+    scales = (1e-6, 5e-5) if group else (1e-12, 1e8)
     linear = Linear(4, 8, 160, group, scales)
     x = activations(160)
-    model = Float16Pass()(LowerLinearsToTensorrtPass()(linear.model()).model).model
-    (found,) = plain_session(ir.to_proto(model)).run(None, {"x": x})
+    found = run_in_float16(linear, x)
     expected = exact(linear, x)
     size = np.abs(expected).max((0, 1))
-    assert (np.abs(found - expected).max((0, 1)) <= 2**-10 * size).all()
+    assert (np.abs(found - expected).max((0, 1)) <= bound * size).all()
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(2, ir.DataType.INT4), (3, ir.DataType.INT4), (8, ir.DataType.INT8)])

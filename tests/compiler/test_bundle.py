@@ -119,6 +119,27 @@ def test_generated_pieces_are_the_text_of_the_tokens(bundle: Bundle) -> None:
     assert whole != "".join(bundle.generate("the hen", chat=True, max_new_tokens=12, threads=1))
 
 
+def test_only_plain_prompts_get_the_tokens_the_tokenizer_adds(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A chat template writes its special tokens itself; a second BOS would change what the model sees.
+    path = copy / "tokenizer.json"
+    bos = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [bos, sequence],
+        "pair": [bos, sequence, sequence],
+        "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [0], "tokens": ["<|bos|>"]}},
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": processor}))
+    prompts: list[list[int]] = []
+    monkeypatch.setattr("planish.compiler.bundle.generate", lambda _, prompt, **__: prompts.append(prompt) or [])
+    opened = Bundle.open(copy, verify=False)
+    for chat in (False, True):
+        list(opened.generate("hi", chat=chat, threads=1))
+    assert prompts[0] == opened.tokenizer.encode("hi")
+    assert [prompt[0] == 0 for prompt in prompts] == [True, False]
+
+
 def test_running_a_bundle_imports_neither_torch_nor_transformers(bundle: Bundle, text: Path) -> None:
     show = f"""
 import sys

@@ -229,7 +229,7 @@ def test_bad_outputs(run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.M
     assert (below_file.code, "cannot be written" in below_file.err) == (12, True)
     monkeypatch.setattr(pipeline, "_bytes_needed", lambda *_: 1 << 60)
     full = run(*options, tmp_path / "out")
-    assert (full.code, "GB free and the compile needs" in full.err) == (13, True)
+    assert (full.code, "MB free and the compile needs" in full.err) == (13, True)
 
 
 def test_missing_extra(run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

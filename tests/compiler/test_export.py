@@ -117,6 +117,25 @@ def test_num_logits_to_keep(both: Models, keep: int) -> None:
     np.testing.assert_allclose(ours(ids, keep=keep).logits, ours(ids).logits[:, -keep:], rtol=1e-4, atol=1e-4)
 
 
+def test_mask(tmp_path: Path) -> None:
+    """Slots up to the token's own that hold real tokens, and always itself, so that no softmax is over nothing."""
+    model = float_model(open_checkpoint(write_tiny(tmp_path)))
+    mask = next(node.outputs[0] for node in model.graph if node.name == "model.mask")
+    mask.type, mask.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", 1, "sequence", "total"])
+    model.graph.outputs.append(mask)
+    loaded = CachedModel(save_model(model, tmp_path / "onnx"))
+    attention_mask = np.array([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
+    ids = random_ids(2, 3)
+    past = {name: np.zeros((2, 2, 2, 16), np.float32) for name in loaded.cache_inputs}
+    feeds = {"input_ids": ids, "attention_mask": attention_mask, "position_ids": np.zeros_like(ids), **past}
+    (found,) = loaded.session.run(["model.mask"], feeds)
+    seen = [
+        [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]],
+        [[0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]],
+    ]
+    np.testing.assert_array_equal(found[:, 0], np.where(seen, 0.0, -np.inf))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("shards", [False, True], ids=["one_file", "shards"])
 def test_half_precision_checkpoints(dtype: str, shards: bool, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_too_little_disk_is_found_before_work_begins(
 ) -> None:
     usage = namedtuple("usage", "total used free")(10, 9, 1)
     monkeypatch.setattr(work_folder.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DiskFullError, match=r"0\.00 GB free and the compile needs about"):
+    with pytest.raises(DiskFullError, match=r"0\.0 MB free and the compile needs about"):
         compile_model(tiny, tmp_path / "out", scheme=SCHEME)
 
 

@@ -199,3 +199,18 @@ def test_a_missing_package_names_its_extra(portable: ir.Model, tmp_path: Path, m
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(MissingExtraError, match=r"planish\[tensorrt\]"):
         build_engines(portable, tmp_path, flavour="tensorrt")
+
+
+@pytest.mark.slow
+@pytest.mark.trt
+def test_low_bit_smollm2_is_little_more_than_half_the_float16_engine(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint("smollm2")
+    bytes_of = {}
+    for text in ("w3a3k3v3", "w16a16k16v16"):
+        scheme, folder = Scheme.parse(text), tmp_path / text
+        model, _ = portable_model(checkpoint, scheme, quantize_checkpoint(checkpoint, scheme, folder / "codes"))
+        built = build_engines(model, folder / "rtx", flavour="rtx", max_context=2048)
+        assert built.record.sms == (86, 89, 120)
+        bytes_of[text] = built.record.engine.bytes
+    # The embedding (57 MB of float16) and the 8-bit head (28 MB) are no smaller at fewer bits; the rest is 4 x smaller.
+    assert bytes_of["w3a3k3v3"] < 0.55 * bytes_of["w16a16k16v16"]

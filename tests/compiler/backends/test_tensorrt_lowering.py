@@ -51,9 +51,9 @@ def case(folder: Path, scheme: str, **overrides: Any) -> Case:
     return Case(model, logits.numpy())
 
 
-def run(model: ir.Model, folder: Path) -> Array:
+def run(model: ir.Model, folder: Path, *, float16: bool = False) -> Array:
     ids, mask = prompt()
-    return FixedCacheModel(save_model(model, folder), BATCH).in_chunks(ids, SIZES, mask)
+    return FixedCacheModel(save_model(model, folder), BATCH, float16=float16).in_chunks(ids, SIZES, mask)
 
 
 def real(logits: Array) -> Array:
@@ -77,14 +77,14 @@ def test_before_float16_the_logits_are_the_oracles(scheme: str, tmp_path: Path) 
 )
 def test_after_float16_the_logits_are_near(scheme: str, bound: float, tmp_path: Path) -> None:
     portable, logits = case(tmp_path, scheme)
-    found = run(lower_to_tensorrt(portable, CONTEXT), tmp_path / "lowered")
+    found = run(lower_to_tensorrt(portable, CONTEXT), tmp_path / "lowered", float16=True)
     assert range_error(real(found), real(logits)) < bound
 
 
 @pytest.mark.parametrize("variant", ["mha", "mqa", "head_dim", "attention_bias", "mlp_bias", "tied", "rope_llama3"])
 def test_every_variant_of_the_decoder_is_lowered(variant: str, tmp_path: Path) -> None:
     portable, logits = case(tmp_path, "w8a16k8v8", **VARIANTS[variant])
-    found = run(lower_to_tensorrt(portable, CONTEXT), tmp_path / "lowered")
+    found = run(lower_to_tensorrt(portable, CONTEXT), tmp_path / "lowered", float16=True)
     assert range_error(real(found), real(logits)) < 0.02
 
 

@@ -63,7 +63,11 @@ def main() -> None:
         bundle = Bundle.open(out) if out.exists() else compile_recipe(recipe, out, Silent())
         found = inspect(bundle)
         measured = evaluate(
-            bundle.session(threads=2), bundle.tokenizer, arguments.text, seqlen=arguments.seqlen, windows=arguments.windows
+            bundle.session(threads=2),
+            bundle.tokenizer,
+            arguments.text,
+            seqlen=arguments.seqlen,
+            windows=arguments.windows,
         )
         row = {
             "scheme": scheme,
@@ -73,7 +77,12 @@ def main() -> None:
         }
         if arguments.oracle:
             row["oracle_perplexity"] = oracle_perplexity(
-                recipe, bundle, arguments.text, arguments.seqlen, arguments.windows, arguments.folder / f"{scheme}.codes"
+                recipe,
+                bundle,
+                arguments.text,
+                arguments.seqlen,
+                arguments.windows,
+                arguments.folder / f"{scheme}.codes",
             )
         if arguments.speed:
             row |= {k: v for k, v in bench(bundle).to_dict().items() if k.endswith(("speedup", "ratio"))}
@@ -82,7 +91,9 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(rows))
         return
-    table = Table(title=f"{arguments.model}, {arguments.windows} windows of {arguments.seqlen} of {arguments.text.name}")
+    table = Table(
+        title=f"{arguments.model}, {arguments.windows} windows of {arguments.seqlen} of {arguments.text.name}"
+    )
     for name in rows[0]:
         table.add_column(name)
     for row in rows:

@@ -61,6 +61,7 @@ class QueryBlocks:
 
     Attributes:
         decoding: bool [], exactly one new token.
+        enough: bool [], there is a new token for every block; no block may be empty.
         sizes: int64 [blocks], queries in each block.
         key_ends: int64 [1] each, where the keys that a block sees end.
         mask: the whole additive mask, float32 [batch, 1, sequence, total].
@@ -68,6 +69,7 @@ class QueryBlocks:
     """
 
     decoding: ir.Value
+    enough: ir.Value
     sizes: ir.Value
     key_ends: list[ir.Value]
     mask: ir.Value
@@ -78,9 +80,9 @@ def query_blocks(build: Builder, input_ids: ir.Value, mask: ir.Value) -> QueryBl
     """Add the nodes that cut the queries into blocks, once for all layers."""
     sequence = build.op("Shape", [input_ids], "blocks.sequence", start=1, end=2)
     total = build.op("Shape", [mask], "blocks.total", start=3, end=4)
-    decoding = build.op(
-        "Equal", [build.op("Squeeze", [sequence], "blocks.scalar"), build.ints(1, "blocks.one")], "blocks.decoding"
-    )
+    tokens = build.op("Squeeze", [sequence], "blocks.tokens")
+    decoding = build.op("Equal", [tokens, build.ints(1, "blocks.one")], "blocks.decoding")
+    enough = build.op("GreaterOrEqual", [tokens, build.ints(_BLOCKS, "blocks.number")], "blocks.enough")
     count = build.ints([_BLOCKS], "blocks.count")
 
     def share(parts: range, name: str) -> ir.Value:
@@ -98,7 +100,7 @@ def query_blocks(build: Builder, input_ids: ir.Value, mask: ir.Value) -> QueryBl
         build.op("Slice", [row, zero, end, axis], f"blocks.mask_{i}")
         for i, (row, end) in enumerate(zip(rows, each_end, strict=True))
     ]
-    return QueryBlocks(decoding, sizes, list(each_end), mask, masks)
+    return QueryBlocks(decoding, enough, sizes, list(each_end), mask, masks)
 
 
 def decode_branch(
@@ -163,7 +165,23 @@ def prefill_branch(
     split_query = inner.op("Reshape", [query, by_head], f"{name}.query")
     heads_first = inner.op("Transpose", [split_query], f"{name}.query_t", perm=[0, 2, 1, 3])
     keys, values = _dequantized(inner, name, cache)
-    queries = inner.ops("Split", [heads_first, blocks.sizes], f"{name}.block", _BLOCKS, axis=2)
+    whole = Builder()
+    attended = whole.op("Attention", [heads_first, keys, values, blocks.mask], f"{name}.attention")
+    branches = {
+        "then_branch": _in_blocks(build, f"{name}.blocks", heads_first, keys, values, blocks),
+        "else_branch": _branch(whole, attended, f"{name}.whole"),
+    }
+    joined = inner.op("If", [blocks.enough], f"{name}.attended", **branches)
+    by_token = inner.op("Transpose", [joined], f"{name}.by_token", perm=[0, 2, 1, 3])
+    flat = build.ints([0, 0, heads.heads * heads.head_dim], f"{name}.flat")
+    return _branch(inner, inner.op("Reshape", [by_token, flat], f"{name}.y"), name)
+
+
+def _in_blocks(
+    build: Builder, name: str, query: ir.Value, keys: ir.Value, values: ir.Value, blocks: QueryBlocks
+) -> ir.Graph:
+    inner = Builder()
+    queries = inner.ops("Split", [query, blocks.sizes], f"{name}.query", _BLOCKS, axis=2)
     zero, axis = build.ints([0], f"{name}.zero"), build.ints([2], f"{name}.token_axis")
     attended = []
     for i, (block, end, mask) in enumerate(zip(queries, blocks.key_ends, blocks.masks, strict=True)):
@@ -172,10 +190,7 @@ def prefill_branch(
             for kv, role in ((keys, "keys"), (values, "values"))
         ]
         attended.append(inner.op("Attention", [block, *seen, mask], f"{name}.attention_{i}"))
-    joined = inner.op("Concat", attended, f"{name}.attended", axis=2)
-    by_token = inner.op("Transpose", [joined], f"{name}.by_token", perm=[0, 2, 1, 3])
-    flat = build.ints([0, 0, heads.heads * heads.head_dim], f"{name}.flat")
-    return _branch(inner, inner.op("Reshape", [by_token, flat], f"{name}.y"), name)
+    return _branch(inner, inner.op("Concat", attended, f"{name}.attended", axis=2), name)
 
 
 def _dequantized(inner: Builder, name: str, cache: Cache) -> tuple[ir.Value, ir.Value]:

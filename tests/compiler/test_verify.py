@@ -65,6 +65,14 @@ def test_variant(variant: str, tmp_path: Path) -> None:
         assert verify(checkpoint, scheme, codes, model, TOKENS).logits_error < 1e-5
 
 
+@pytest.mark.parametrize("tokens", [6, 7, 8, 9])  # prefills of 2 to 5, around the number of query blocks
+def test_short_prompts(tokens: int, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_tiny(tmp_path / "tiny"))
+    scheme = Scheme.parse("w4a8k8v8")
+    codes, (_, lowered) = build(checkpoint, scheme, tmp_path)
+    assert verify(checkpoint, scheme, codes, lowered, TOKENS[:tokens]).logits_error < 1e-5
+
+
 def test_cache_of_odd_heads_is_refused_in_words(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_tiny(tmp_path / "tiny", head_dim=12))
     with pytest.raises(SchemeError, match="drop the k and v parts"):

@@ -115,7 +115,7 @@ def _measured(job: Callable[..., None], source: Path | str, out: Path) -> tuple[
 def planish_export(source: Path | str, out: Path) -> None:
     """Export with planish."""
     from planish.compiler.checkpoint import open_checkpoint
-    from planish.compiler.export import export_float
+    from planish.compiler.export.float_model import export_float
 
     export_float(open_checkpoint(str(source)), out)
 
@@ -189,7 +189,7 @@ def write_3b(folder: Path) -> None:
     from tokenizers import Tokenizer, models
 
     from planish.compiler.checkpoint import expected_tensors
-    from planish.compiler.config import LlamaConfig
+    from planish.compiler.checkpoint.config import LlamaConfig
 
     noise = np.random.default_rng(0).standard_normal(BLOCK_BYTES // 2, np.float32) * 0.02
     block = memoryview(noise.astype(ml_dtypes.bfloat16).view(np.uint8))

@@ -15,16 +15,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from planish.compiler.bench import bench
-from planish.compiler.bundle import Bundle
-from planish.compiler.evaluation import evaluate, read_text
-from planish.compiler.first_layers import open_first_layers
-from planish.compiler.inspection import inspect
-from planish.compiler.oracle import Oracle
-from planish.compiler.pipeline import compile_recipe
+from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.bundle.inspection import inspect
+from planish.compiler.checkpoint.first_layers import open_first_layers
+from planish.compiler.measure.bench import bench
+from planish.compiler.measure.evaluation import evaluate, read_text
+from planish.compiler.pipeline.compile import compile_recipe
+from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.progress import Silent
-from planish.compiler.quantize import quantize_checkpoint
-from planish.compiler.recipe import Recipe
+from planish.compiler.quantize.codes import quantize_checkpoint
+from planish.compiler.verify.oracle import Oracle
 
 
 def oracle_perplexity(recipe: Recipe, bundle: Bundle, text: Path, seqlen: int, windows: int, scratch: Path) -> float:

@@ -8,12 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planish.compiler.bundle import Bundle
+    from planish.compiler.bundle.bundle import Bundle
+    from planish.compiler.bundle.inspection import Inspection, inspect
     from planish.compiler.checkpoint import open_checkpoint
-    from planish.compiler.evaluation import Evaluation, evaluate
-    from planish.compiler.export import export_float
-    from planish.compiler.inspection import Inspection, inspect
-    from planish.compiler.pipeline import compile_model
+    from planish.compiler.export.float_model import export_float
+    from planish.compiler.measure.evaluation import Evaluation, evaluate
+    from planish.compiler.pipeline.compile import compile_model
     from planish.compiler.runtime.generate import Sampling
     from planish.passes.scheme import Scheme
 
@@ -31,15 +31,15 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "Bundle": "planish.compiler.bundle",
-    "Evaluation": "planish.compiler.evaluation",
-    "Inspection": "planish.compiler.inspection",
+    "Bundle": "planish.compiler.bundle.bundle",
+    "Evaluation": "planish.compiler.measure.evaluation",
+    "Inspection": "planish.compiler.bundle.inspection",
     "Sampling": "planish.compiler.runtime.generate",
     "Scheme": "planish.passes.scheme",
-    "compile_model": "planish.compiler.pipeline",
-    "evaluate": "planish.compiler.evaluation",
-    "export_float": "planish.compiler.export",
-    "inspect": "planish.compiler.inspection",
+    "compile_model": "planish.compiler.pipeline.compile",
+    "evaluate": "planish.compiler.measure.evaluation",
+    "export_float": "planish.compiler.export.float_model",
+    "inspect": "planish.compiler.bundle.inspection",
     "open_checkpoint": "planish.compiler.checkpoint",
 }
 

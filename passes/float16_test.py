@@ -8,7 +8,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
-from planish.compiler.export import float_model, save_model
+from planish.compiler.export.float_model import float_model, save_model
 from planish.passes.builder import Builder
 from planish.passes.float16 import Float16Pass, Float16RangeError
 from planish.passes.lower_kv_cache_to_tensorrt import LowerKvCacheToTensorrtPass

@@ -5,7 +5,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from planish.compiler.checkpoint import open_checkpoint
-from planish.compiler.export import float_model
+from planish.compiler.export.float_model import float_model
 from planish.passes.lower_defaults_to_tensorrt import LowerDefaultsToTensorrtPass
 from tests.tiny import write_tiny
 

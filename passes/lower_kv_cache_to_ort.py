@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.passes.attend_in_ort import Cache, Heads, QueryBlocks, decode_branch, prefill_branch, query_blocks
-from planish.passes.builder import Builder, replace_nodes
+from planish.passes.builder import Builder, dim, replace_nodes
 from planish.plugins.ops import DOMAIN
 from planish.plugins.ops.append_kv import SMALLEST_KV_SCALE
 from planish.plugins.ops.pack import pack
@@ -68,17 +68,16 @@ def _lower(graph: ir.Graph, attend: ir.Node, blocks: QueryBlocks) -> None:
     assert query is not None
     key, value = _Append.of(key_codes), _Append.of(value_codes)
     name = str(attend.name).removesuffix(".attended")
-    past = key.node.inputs[1]
-    assert past is not None
-    assert past.shape is not None
-    heads = Heads(attend.attributes.get_int("heads"), int(past.shape[1]), attend.attributes.get_int("head_dim"))
+    heads = Heads(attend.attributes.get_int("heads"), dim(key.node.inputs[1], 1), attend.attributes.get_int("head_dim"))
     build = Builder()
     cache = _append(build, f"{name}.kv", key, value, heads)
-    branches = {
-        "then_branch": decode_branch(build, f"{name}.decode", query, blocks, cache, heads),
-        "else_branch": prefill_branch(build, f"{name}.prefill", query, blocks, cache, heads),
-    }
-    attended = build.op("If", [blocks.decoding], str(attend.name), **branches)
+    attended = build.op(
+        "If",
+        [blocks.decoding],
+        str(attend.name),
+        then_branch=decode_branch(build, f"{name}.decode", query, blocks, cache, heads),
+        else_branch=prefill_branch(build, f"{name}.prefill", query, blocks, cache, heads),
+    )
     _replace_cache_io(graph, cache, key.node, value.node)
     replace_nodes(graph, [attend], build, {attend.outputs[0]: attended})
     graph.remove([key.node, value.node], safe=True)

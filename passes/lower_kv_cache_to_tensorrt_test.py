@@ -10,9 +10,9 @@ import onnx_ir.passes.common as common
 import pytest
 
 from planish.compiler.checkpoint import open_checkpoint
-from planish.compiler.export import save_model
-from planish.compiler.portable import portable_model
-from planish.compiler.quantize import quantize_checkpoint
+from planish.compiler.export.float_model import save_model
+from planish.compiler.export.portable import portable_model
+from planish.compiler.quantize.codes import quantize_checkpoint
 from planish.passes.lower_kv_cache_to_tensorrt import LowerKvCacheToTensorrtPass
 from planish.passes.scheme import Scheme
 from planish.plugins.packing import unpack

@@ -1,10 +1,12 @@
 """Lower planish products to ONNX Runtime's integer kernels; weights become int8, or MatMulNBits blocks."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from planish.passes.builder import Builder, replace_nodes
+from planish.passes.builder import Builder, dim, replace_nodes
 from planish.plugins.ops import DOMAIN
 from planish.plugins.ops.quantize_activation import SMALLEST_SCALE
 from planish.plugins.packing import unpack
@@ -58,7 +60,7 @@ def _lower_quantize(graph: ir.Graph, node: ir.Node, zeros: dict[tuple[int, bool]
     magnitude = build.op("Abs", [x], f"{name}.magnitude")
     largest = build.op("ReduceMax", [magnitude, build.ints([-1], f"{name}.axis")], f"{name}.largest")
     factor = np.float32(clip) / np.float32(highest)
-    spanned = build.op("Mul", [largest, build.floats(factor, f"{name}.factor")], f"{name}.spanned")
+    spanned = build.op("Mul", [largest, build.floats(float(factor), f"{name}.factor")], f"{name}.spanned")
     scale = build.op("Max", [spanned, build.floats(SMALLEST_SCALE, f"{name}.smallest")], f"{name}.scale")
     # Every linear of the blocks sees the same tokens, so they share one tensor of zero points; lm_head may see fewer.
     key = (bits, x.name == "lm_head.input" or name.startswith("lm_head"))
@@ -94,7 +96,7 @@ def _lower_product(graph: ir.Graph, node: ir.Node) -> None:
         np.asarray(1 << node.attributes.get_int("activation_bits") - 1, np.uint8), f"{name}.activation_zero"
     )
     one = build.floats(1.0, f"{name}.one")
-    outputs = _rows(weight)
+    outputs = dim(weight, 0)
     sizes = [min(group, k - start) for start in range(0, k, group)]
     parts = [codes]
     if len(sizes) > 1:
@@ -119,13 +121,13 @@ def _lower_weight_only(graph: ir.Graph, node: ir.Node) -> None:
     assert weight_scale is not None
     bits = int(node.op_type.removeprefix("PlanishWeightOnlyMatMul"))
     k, group = node.attributes.get_int("k"), node.attributes.get_int("group")
-    outputs = _rows(weight)
+    outputs = dim(weight, 0)
     container = 4 if bits == 3 else bits
     block = group if group < k else _WHOLE_CHANNEL_BLOCK
     blocks = -(-k // block)
     module = str(weight.name).removesuffix(".codes")
 
-    def stored() -> ir.Tensor:
+    def stored() -> ir.TensorProtocol:
         codes = unpack(_array(weight), bits, k) + np.uint8((1 << container - 1) - (1 << bits - 1))
         padded = np.full((outputs, blocks * block), 1 << container - 1, np.uint8)
         padded[:, :k] = codes
@@ -136,7 +138,7 @@ def _lower_weight_only(graph: ir.Graph, node: ir.Node) -> None:
             packed |= lanes[..., lane] << np.uint8(lane * container)
         return ir.Tensor(packed)
 
-    def scales() -> ir.Tensor:
+    def scales() -> ir.TensorProtocol:
         by_output = _array(weight_scale).astype(np.float32).T
         return ir.Tensor(np.ascontiguousarray(np.broadcast_to(by_output, (outputs, blocks))))
 
@@ -168,7 +170,7 @@ def _replace(graph: ir.Graph, node: ir.Node, build: Builder, y: ir.Value) -> Non
 
 
 def _signed_codes(weight: ir.Value, bits: int, channels: slice, name: str, outputs: int) -> ir.LazyTensor:
-    def read() -> ir.Tensor:
+    def read() -> ir.TensorProtocol:
         codes = unpack(_array(weight), bits, channels.stop)[:, channels]
         signed = codes.astype(np.int16) - (1 << bits - 1)
         return ir.Tensor(np.ascontiguousarray(signed.astype(np.int8).T))
@@ -177,17 +179,12 @@ def _signed_codes(weight: ir.Value, bits: int, channels: slice, name: str, outpu
 
 
 def _scale_row(weight_scale: ir.Value, g: int, name: str, outputs: int) -> ir.LazyTensor:
-    def read() -> ir.Tensor:
+    def read() -> ir.TensorProtocol:
         return ir.Tensor(_array(weight_scale)[g].astype(np.float32))
 
     return ir.LazyTensor(read, ir.DataType.FLOAT, ir.Shape([outputs]), name=name)
 
 
-def _rows(weight: ir.Value) -> int:
-    assert weight.shape is not None
-    return int(weight.shape[0])
-
-
-def _array(value: ir.Value) -> npt.NDArray[np.generic]:
+def _array(value: ir.Value) -> npt.NDArray[Any]:
     assert value.const_value is not None
     return value.const_value.numpy()

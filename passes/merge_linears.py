@@ -5,7 +5,7 @@ from collections import defaultdict
 import numpy as np
 import onnx_ir as ir
 
-from planish.passes.builder import Builder, replace_nodes
+from planish.passes.builder import Builder, dim, replace_nodes
 
 __all__ = ["MODULES", "MergeLinearsPass", "linear_modules"]
 
@@ -55,12 +55,12 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node], merged: str) -> None:
     name = f"{modules[0].rpartition('.')[0]}.{merged}"
     weights = [node.inputs[1] for node in nodes]
     tensors = [weight.const_value for weight in weights if weight is not None and weight.const_value is not None]
-    sizes = [int(tensor.shape[1]) for tensor in tensors]
+    sizes = [dim(weight, 1) for weight in weights]
 
-    def concatenate() -> ir.Tensor:
+    def concatenate() -> ir.TensorProtocol:
         return ir.Tensor(np.concatenate([tensor.numpy() for tensor in tensors], axis=1))
 
-    shape = ir.Shape([int(tensors[0].shape[0]), sum(sizes)])
+    shape = ir.Shape([dim(weights[0], 0), sum(sizes)])
     weight = build.initializer(
         ir.LazyTensor(concatenate, tensors[0].dtype, shape, name=f"{name}.weight"), f"{name}.weight"
     )

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
-from planish.compiler.export import float_model, save_model
+from planish.compiler.export.float_model import float_model, save_model
 from planish.passes.builder import Builder
 from planish.passes.merge_linears import MODULES, MergeLinearsPass, linear_modules
 from tests.onnx_run import CachedModel, range_error

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from planish.passes.builder import Builder, replace_nodes
+from planish.passes.builder import Builder, dim, replace_nodes
 from planish.passes.declare import declare
 from planish.passes.scheme import Scheme, SchemeError
 from planish.plugins.ops import DOMAIN, append_kv, attend
@@ -41,7 +41,7 @@ class QuantizeKvCachePass(ir.passes.InPlacePass):
     def _quantize(self, model: ir.Model, node: ir.Node) -> None:
         query, key, value, mask, past_key, past_value = node.inputs
         _, present_key, present_value = node.outputs
-        head_dim = _dims(past_key)[1]
+        head_dim = dim(past_key, 3)
         if head_dim % 8:
             raise SchemeError(
                 f"A low-bit cache packs heads of a multiple of 8 channels, and this model's have {head_dim}. "
@@ -82,7 +82,7 @@ class QuantizeKvCachePass(ir.passes.InPlacePass):
         bits: int,
     ) -> _Stored:
         assert past is not None
-        heads, head_dim = _dims(past)
+        heads, head_dim = dim(past, 1), dim(past, 3)
         op = append_kv(bits)
         declare(model, op)
         by_head = build.op("Reshape", [x, build.ints([0, 0, heads, head_dim], f"{name}.shape")], f"{name}.by_head")
@@ -97,13 +97,6 @@ class QuantizeKvCachePass(ir.passes.InPlacePass):
             made.name, made.type = output, like.type
             made.shape = ir.Shape([*(list(like.shape or [])[:2]), "total", *(list(like.shape or [])[3:])])
         return _Stored(inputs, (codes, scale))
-
-
-def _dims(past: ir.Value | None) -> tuple[int, int]:
-    """Return (KV heads, head dimension) of a float cache input."""
-    assert past is not None
-    assert past.shape is not None
-    return int(past.shape[1]), int(past.shape[3])
 
 
 def _value(name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:

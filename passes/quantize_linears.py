@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from planish.passes.builder import Builder, replace_nodes
+from planish.passes.builder import Builder, dim, replace_nodes
 from planish.passes.codes import CodesSource
 from planish.passes.declare import declare
 from planish.passes.merge_linears import MODULES, linear_modules
@@ -83,10 +83,10 @@ class QuantizeLinearsPass(ir.passes.InPlacePass):
         outputs = sum(self._codes.out_features(module) for module in modules)
         scale_type = ir.DataType.FLOAT if form.group is None else ir.DataType.FLOAT16
 
-        def packed() -> ir.Tensor:
+        def packed() -> ir.TensorProtocol:
             return ir.Tensor(np.concatenate([self._codes.read(module).packed for module in modules]))
 
-        def scales() -> ir.Tensor:
+        def scales() -> ir.TensorProtocol:
             return ir.Tensor(np.concatenate([self._codes.read(module).scale for module in modules], axis=1))
 
         codes_name, scale_name = f"{name}.codes", f"{name}.scale"
@@ -113,5 +113,4 @@ def _input_channels(node: ir.Node) -> int:
         transposed ^= producer.op_type == "Transpose"
         weight = producer.inputs[0]
         assert weight is not None
-    assert weight.shape is not None
-    return int(weight.shape[1 if transposed else 0])
+    return dim(weight, 1 if transposed else 0)

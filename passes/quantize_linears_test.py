@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
-from planish.compiler.export import float_model, save_model
-from planish.compiler.quantize import CodesOnDisk, quantize_checkpoint
+from planish.compiler.export.float_model import float_model, save_model
+from planish.compiler.quantize.codes import CodesOnDisk, quantize_checkpoint
 from planish.passes.codes import PackedWeight
 from planish.passes.merge_linears import MODULES, MergeLinearsPass
 from planish.passes.quantize_linears import QuantizeLinearsPass

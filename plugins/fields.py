@@ -34,7 +34,9 @@ def field_matrix(bits: int, n: int) -> npt.NDArray[np.float64]:
     multipliers, positions = FIELD_MULTIPLIERS[bits], _POSITIONS[bits]
     # A part at position p shows up in the field of multiplier m with weight m * 2^p unless it is shifted out whole.
     weights = np.array([[float(m << p) if m << p < 256 else 0.0 for p in positions] for m in multipliers])
-    parts = np.kron(np.linalg.inv(weights).T, np.eye(size))  # fields [.., f * size] -> parts [.., p * size]
+    parts = np.kron(np.linalg.inv(weights).T, np.eye(size)).astype(
+        np.float64
+    )  # fields [.., f * size] -> parts [.., p * size]
     if bits != 3:
         return parts
     low, bit_low, high, bit_high = np.split(parts, 4, axis=1)

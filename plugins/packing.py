@@ -54,10 +54,11 @@ def pack(codes: Codes, bits: int) -> Codes:
         codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
     if bits == 4:
         low, high = np.split(codes, 2, axis=-1)
-        return low | high << 4
+        return low | high * np.uint8(16)
     if bits == 2:
         first, second, third, fourth = np.split(codes, 4, axis=-1)
-        return first | second << 2 | third << 4 | fourth << 6
+        packed: Codes = first | second * np.uint8(4) | third * np.uint8(16) | fourth * np.uint8(64)
+        return packed
     chunks = np.split(codes, 8, axis=-1)
     spread = chunks[6] | chunks[7] << 4
     planes = [chunks[j] | chunks[3 + j] << 4 | ((spread >> j) & 0x11) << 3 for j in range(3)]

@@ -5,7 +5,7 @@ from pathlib import Path
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from planish.compiler.export import Progress, save_model
+from planish.compiler.export.float_model import Progress, save_model
 from planish.passes.lower_kv_cache_to_ort import LowerKvCacheToOrtPass
 from planish.passes.lower_linears_to_ort import LowerLinearsToOrtPass
 from planish.passes.merge_rotary import MergeRotaryPass
@@ -22,7 +22,7 @@ def lower_to_ort(model: ir.Model) -> ir.Model:
         LowerKvCacheToOrtPass(),
         common.InlinePass(),
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
     ]
     return run_passes(model, passes)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.checkpoint.tensors import check_finite, expected_tensors
-from planish.compiler.config import LlamaConfig
 
 __all__ = ["Checkpoint"]
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from planish.compiler.config import LlamaConfig
+from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import CheckpointError, UnsupportedModelError
 
 __all__ = ["hf_config"]

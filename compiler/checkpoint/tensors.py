@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from planish.compiler.config import LlamaConfig
+from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import CheckpointError, NonFiniteWeightError, UnsupportedModelError
 
 __all__ = ["check_finite", "check_tensors", "expected_tensors", "is_derived"]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from planish.compiler.bundle import Bundle
+from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.cli.app import JsonFlag, Output
 
 __all__ = ["run_bench"]
@@ -28,7 +28,7 @@ def run_bench(
     json: JsonFlag = False,
 ) -> None:
     """Measure prefill, decode and resident memory, both models in turn, each in a process of its own."""
-    from planish.compiler.bench import bench
+    from planish.compiler.measure.bench import bench
     from planish.compiler.progress import progress_for
 
     out, opened = Output(json), Bundle.open(bundle)

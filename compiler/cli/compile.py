@@ -35,8 +35,8 @@ def run_compile(
 
     A run that was killed goes on where it was when the same command is given again.
     """
-    from planish.compiler.inspection import inspect
-    from planish.compiler.pipeline import compile_model
+    from planish.compiler.bundle.inspection import inspect
+    from planish.compiler.pipeline.compile import compile_model
     from planish.compiler.progress import progress_for
 
     out, started = Output(json), time.perf_counter()

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from planish.compiler.bundle import Bundle
+from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.bundle.layout import MANIFEST_FILE
 from planish.compiler.cli.app import JsonFlag, Output
-from planish.compiler.layout import MANIFEST_FILE
 
 __all__ = ["run_eval"]
 
@@ -25,7 +25,7 @@ def run_eval(
     json: JsonFlag = False,
 ) -> None:
     """Measure perplexity on non-overlapping windows of a text."""
-    from planish.compiler.evaluation import evaluate
+    from planish.compiler.measure.evaluation import evaluate
 
     out = Output(json)
     with _opened(model) as bundle:
@@ -45,7 +45,7 @@ def _opened(model: str) -> Iterator[Bundle]:
     if (path / MANIFEST_FILE).is_file() or path.suffix == ".onnx":
         yield Bundle.open(path)
         return
-    from planish.compiler.float_bundle import export_bundle
+    from planish.compiler.bundle.float_bundle import export_bundle
 
     with tempfile.TemporaryDirectory(prefix="planish-eval-") as scratch:
         yield export_bundle(model, Path(scratch) / "float")

@@ -19,7 +19,7 @@ def run_export(
     json: JsonFlag = False,
 ) -> None:
     """Export a checkpoint as a float32 ONNX model with its tokenizer, for plain ONNX Runtime."""
-    from planish.compiler.float_bundle import export_bundle
+    from planish.compiler.bundle.float_bundle import export_bundle
     from planish.compiler.progress import progress_for
 
     out, started = Output(json), time.perf_counter()

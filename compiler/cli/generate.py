@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from planish.compiler.bundle import Bundle
+from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.cli.app import JsonFlag, Output
 from planish.compiler.runtime.generate import Sampling
 

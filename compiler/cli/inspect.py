@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from planish.compiler.bundle import Bundle
+from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.cli.app import JsonFlag, Output
 from planish.compiler.errors import EngineMismatchError, MissingExtraError
 
@@ -14,7 +14,7 @@ __all__ = ["run_inspect"]
 
 def run_inspect(bundle: Annotated[Path, typer.Argument(help="A bundle.")], json: JsonFlag = False) -> None:
     """Check the files of a bundle and say what is in it."""
-    from planish.compiler.inspection import inspect
+    from planish.compiler.bundle.inspection import inspect
 
     out, opened = Output(json), Bundle.open(bundle)
     found, engines = inspect(opened), _engines(opened)

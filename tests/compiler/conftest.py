@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from planish.compiler.bundle import Bundle
-from planish.compiler.float_bundle import export_bundle
-from planish.compiler.pipeline import compile_model
+from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.bundle.float_bundle import export_bundle
+from planish.compiler.pipeline.compile import compile_model
 from tests.tiny import write_tiny
 
 

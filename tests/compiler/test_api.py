@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import planish.compiler
-from planish.compiler.bundle import Bundle
+from planish.compiler.bundle.bundle import Bundle
 
 _EXAMPLES = ("Bundle", "compile_model", "evaluate", "inspect")
 

@@ -14,10 +14,11 @@ import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from planish.compiler import errors, pipeline
-from planish.compiler.bundle import Bundle
+from planish.compiler import errors
+from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.bundle.layout import MANIFEST_FILE
 from planish.compiler.cli import main
-from planish.compiler.layout import MANIFEST_FILE
+from planish.compiler.pipeline import compile as pipeline
 from planish.passes.scheme import SchemeError
 from planish.plugins.errors import PlanishError
 

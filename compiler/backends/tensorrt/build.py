@@ -23,7 +23,7 @@ from planish.compiler.backends.tensorrt.flavour import flavour_of
 from planish.compiler.backends.tensorrt.job import Job
 from planish.compiler.backends.tensorrt.lowering import lower_to_tensorrt
 from planish.compiler.backends.tensorrt.process import run_job
-from planish.compiler.export import save_model
+from planish.compiler.export.float_model import save_model
 from planish.compiler.progress import Progress, Silent
 
 __all__ = ["DEFAULT_SMS", "EngineBuild", "build_engines"]

@@ -7,6 +7,7 @@ from planish.passes.float16 import Float16Pass
 from planish.passes.lower_defaults_to_tensorrt import LowerDefaultsToTensorrtPass
 from planish.passes.lower_kv_cache_to_tensorrt import LowerKvCacheToTensorrtPass
 from planish.passes.lower_linears_to_tensorrt import LowerLinearsToTensorrtPass
+from planish.passes.sequence import run_passes
 
 __all__ = ["lower_to_tensorrt"]
 
@@ -17,7 +18,7 @@ def lower_to_tensorrt(model: ir.Model, max_context: int) -> ir.Model:
     Weights are unpacked when the result is saved. What the passes do to the inputs and outputs is told in
     LowerKvCacheToTensorrtPass and Float16Pass.
     """
-    lower = ir.passes.Sequential(
+    passes = [
         LowerLinearsToTensorrtPass(),
         LowerKvCacheToTensorrtPass(max_context),
         LowerDefaultsToTensorrtPass(),
@@ -25,5 +26,5 @@ def lower_to_tensorrt(model: ir.Model, max_context: int) -> ir.Model:
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
         Float16Pass(),
-    )
-    return lower(model.clone()).model
+    ]
+    return run_passes(model.clone(), passes)

@@ -15,10 +15,10 @@ from planish.compiler.backends.tensorrt.lowering import lower_to_tensorrt
 from planish.compiler.backends.tensorrt.process import run_job
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.errors import EngineBuildError, MissingExtraError
-from planish.compiler.export import save_model
-from planish.compiler.portable import portable_model
+from planish.compiler.export.float_model import save_model
+from planish.compiler.export.portable import portable_model
 from planish.compiler.progress import Silent
-from planish.compiler.quantize import quantize_checkpoint
+from planish.compiler.quantize.codes import quantize_checkpoint
 from planish.passes.scheme import Scheme
 from tests.tiny import write_tiny
 

@@ -12,10 +12,10 @@ import torch
 
 from planish.compiler.backends.tensorrt.lowering import lower_to_tensorrt
 from planish.compiler.checkpoint import open_checkpoint
-from planish.compiler.export import save_model
-from planish.compiler.oracle import Oracle
-from planish.compiler.portable import portable_model
-from planish.compiler.quantize import quantize_checkpoint
+from planish.compiler.export.float_model import save_model
+from planish.compiler.export.portable import portable_model
+from planish.compiler.quantize.codes import quantize_checkpoint
+from planish.compiler.verify.oracle import Oracle
 from planish.passes.lower_kv_cache_to_tensorrt import LowerKvCacheToTensorrtPass
 from planish.passes.lower_linears_to_tensorrt import LowerLinearsToTensorrtPass
 from planish.passes.scheme import Scheme

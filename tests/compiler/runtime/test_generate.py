@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from planish.compiler.bundle import Bundle
+from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.errors import TextError
 from planish.compiler.runtime.generate import Sampling, generate
 

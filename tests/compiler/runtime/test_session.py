@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from planish.compiler.bundle import Bundle
+from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.errors import NotPlanishModelError
 from planish.compiler.runtime.session import Session
 

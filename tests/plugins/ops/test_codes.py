@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from planish.compiler import arithmetic
+from planish.compiler.quantize import arithmetic
 from planish.plugins import packing
 from planish.plugins.ops import append_kv, quantize_activation, unpack
 from planish.plugins.ops.pack import pack

@@ -9,7 +9,7 @@ import onnx_ir.passes.common as common
 import pytest
 import torch
 
-from planish.compiler import arithmetic
+from planish.compiler.quantize import arithmetic
 from planish.passes.scheme import LinearFormat
 from planish.plugins import packing
 from planish.plugins.ops import attend, matmul, weight_only_matmul

@@ -1,0 +1,1 @@
+"""A bundle: the folder a compile leaves, its manifest, and what is in it."""

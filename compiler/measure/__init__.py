@@ -1,0 +1,1 @@
+"""Measuring a bundle: perplexity, speed and memory."""

@@ -1,0 +1,129 @@
+"""Compare a bundle with the float model in speed and memory, side by side on this machine."""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.errors import PlanishError
+
+__all__ = ["Benchmark", "Side", "bench"]
+
+#: Told after each repeat: (repeats done, repeats in all) -> None
+Progress = Callable[[int, int], None]
+
+_SIDES = ("bundle", "float")
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """What was measured of one model: medians over the repeats.
+
+    Attributes:
+        prefill: prompt tokens per second, all at once, logits for the last only.
+        decode: new tokens per second, one at a time behind that prompt.
+        resident_mib: resident memory of the process after that, in MiB.
+        peak_mib: the most it ever had, loading included, in MiB.
+        load_seconds: time until the model was loaded.
+    """
+
+    prefill: float
+    decode: float
+    resident_mib: float
+    peak_mib: float
+    load_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A bundle against the float model of the same checkpoint."""
+
+    bundle: Side
+    against: Side
+    threads: int
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the ratios, and both sides, as a dictionary for JSON.
+
+        Speedups are bundle / float, memory_ratio is bundle / float of the resident memory.
+        """
+        return {
+            "prefill_speedup": self.bundle.prefill / self.against.prefill,
+            "decode_speedup": self.bundle.decode / self.against.decode,
+            "memory_ratio": self.bundle.resident_mib / self.against.resident_mib,
+            "bundle": dataclasses.asdict(self.bundle),
+            "float": dataclasses.asdict(self.against),
+            "threads": self.threads,
+            "tokens": self.tokens,
+        }
+
+
+def bench(
+    bundle: Bundle,
+    *,
+    threads: int = 2,
+    tokens: int = 512,
+    decode_tokens: int = 32,
+    repeats: int = 5,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Measure `bundle` against the float32 export of its checkpoint.
+
+    The float model is exported from the recipe's checkpoint into a temporary folder. Each repeat measures both sides,
+    each in a process of its own that has the machine to itself; so slow phases of the machine hit both.
+
+    Args:
+        bundle: the bundle.
+        threads: threads of ONNX Runtime.
+        tokens: length of the prompt, and so of the context of the first new token.
+        decode_tokens: how many new tokens are timed.
+        repeats: how often both sides are measured.
+        progress: is told after each repeat.
+
+    Raises:
+        PlanishError: if the checkpoint is no longer where the recipe says, or a side cannot be measured.
+    """
+    with tempfile.TemporaryDirectory(prefix="planish-bench-") as scratch:
+        models = {"bundle": bundle.model_path(), "float": _export(bundle, Path(scratch))}
+        measured: dict[str, list[dict[str, float]]] = {side: [] for side in _SIDES}
+        for repeat in range(repeats):
+            for side in _SIDES:
+                measured[side].append(_measure(models[side], threads, tokens, decode_tokens))
+            if progress:
+                progress(repeat + 1, repeats)
+    low, against = (
+        Side(**{name: statistics.median(run[name] for run in measured[side]) for name in measured[side][0]})
+        for side in _SIDES
+    )
+    return Benchmark(low, against, threads, tokens)
+
+
+def _export(bundle: Bundle, folder: Path) -> Path:
+    from planish.compiler.bundle.layout import RECIPE_FILE
+    from planish.compiler.checkpoint.first_layers import open_first_layers
+    from planish.compiler.export.float_model import float_model, save_model
+    from planish.compiler.pipeline.recipe import Recipe
+
+    recipe = Recipe.read(bundle.path / RECIPE_FILE)
+    return save_model(float_model(open_first_layers(recipe.model, recipe.num_layers)), folder)
+
+
+def _measure(model: Path, threads: int, tokens: int, decode_tokens: int) -> dict[str, float]:
+    arguments = [str(model), str(threads), str(tokens), str(decode_tokens)]
+    done = subprocess.run(
+        [sys.executable, "-m", "planish.compiler.measure.bench_worker", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise PlanishError(f"{model} could not be measured: {done.stderr.strip().rpartition(chr(10))[2]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result

@@ -1,0 +1,56 @@
+"""Measure one model in a fresh process: `python -m planish.compiler.measure.bench_worker MODEL THREADS TOKENS NEW`."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from planish.compiler.runtime.session import Session
+
+__all__ = ["main"]
+
+#: Prefills and decode steps before the clock starts: ONNX Runtime plans its memory in the first ones.
+_WARM_UP = 2
+#: Prefills that are timed; the median counts.
+_PREFILLS = 3
+
+
+def main(model: str, threads: int, tokens: int, new: int) -> dict[str, float]:
+    """Measure `model`; see `Side` in planish.compiler.measure.bench for what the numbers are."""
+    started = time.perf_counter()
+    session = Session(model, threads)
+    load_seconds = time.perf_counter() - started
+    # What the tokens are does not change the work; small numbers exist in every vocabulary.
+    prompt = np.random.default_rng(0).integers(3, 200, (1, tokens))
+    prefills = []
+    for _ in range(_WARM_UP + _PREFILLS):
+        started = time.perf_counter()
+        _, cache = session.run(prompt, logits_to_keep=1)
+        prefills.append(time.perf_counter() - started)
+    steps = []
+    for _ in range(_WARM_UP + new):
+        started = time.perf_counter()
+        _, cache = session.run([[5]], cache, logits_to_keep=1)
+        steps.append(time.perf_counter() - started)
+    return {
+        "prefill": tokens / float(np.median(prefills[_WARM_UP:])),
+        "decode": 1 / float(np.median(steps[_WARM_UP:])),
+        "resident_mib": psutil.Process().memory_info().rss / 2**20,
+        "peak_mib": _peak_mib(),
+        "load_seconds": load_seconds,
+    }
+
+
+def _peak_mib() -> float:
+    # ru_maxrss would count the process that started this one: it is handed down through fork and exec.
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise OSError("/proc/self/status has no VmHWM line")
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], *map(int, sys.argv[2:5]))))

@@ -1,0 +1,1 @@
+"""Compiling: the recipe, the stages in order, and the records they leave."""

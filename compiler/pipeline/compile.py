@@ -1,0 +1,214 @@
+"""Compile a checkpoint to a bundle: the stages, in order, each resumed where a killed run left it."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.bundle.layout import MODEL_FILE, PLAN_FILE, RECIPE_FILE, engine_folder
+from planish.compiler.bundle.manifest import Manifest
+from planish.compiler.checkpoint import Checkpoint
+from planish.compiler.checkpoint.files import write_json
+from planish.compiler.checkpoint.first_layers import open_first_layers
+from planish.compiler.export.float_model import save_model
+from planish.compiler.export.portable import portable_model
+from planish.compiler.pipeline.plan import make_plan
+from planish.compiler.pipeline.recipe import Recipe
+from planish.compiler.pipeline.report import write_report
+from planish.compiler.pipeline.targets import check_targets, lower
+from planish.compiler.pipeline.work_folder import WorkFolder, check_output, check_space, clear_errors, code_fingerprint
+from planish.compiler.progress import Progress, Silent
+from planish.compiler.quantize.codes import CodesOnDisk, quantize_checkpoint
+from planish.compiler.runtime.tokenizer import Tokenizer
+from planish.compiler.verify.verification import verify
+from planish.passes.scheme import Scheme
+
+__all__ = ["compile_model", "compile_recipe"]
+
+_T = TypeVar("_T")
+
+#: What the finished model is compared with the oracle on.
+_SAMPLE = (
+    "The planisher's hammer is polished and its face almost flat. Each blow overlaps the last, so that the sheet, "
+    "raised and hollow from earlier work, becomes even: 3 passes, perhaps 40 minutes, and no mark left to see."
+)
+_SAMPLE_TOKENS = 48
+
+
+def compile_model(
+    model: str | Path | None,
+    out: str | Path,
+    *,
+    scheme: str | None = None,
+    lm_head: str | None = None,
+    select: str | None = None,
+    targets: Sequence[str] | None = None,
+    num_layers: int | None = None,
+    max_context: int | None = None,
+    max_batch_size: int | None = None,
+    max_input_len: int | None = None,
+    sms: Sequence[int] | None = None,
+    recipe: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Compile a LLaMA checkpoint to a bundle.
+
+    The work is done in `OUT.partial` and renamed at the end. A run that was killed goes on there when the same call is
+    made again.
+
+    Args:
+        model: a checkpoint folder, a GGUF file, a Hub id, or `smollm2`; None takes the recipe's.
+        out: the output folder, new or empty.
+        scheme: bits per tensor role, such as w4a4k4v4.
+        recipe: a recipe file. Every other setting that is given wins over it.
+        lm_head: as all further settings, see `Recipe`.
+        select: see `Recipe`.
+        targets: see `Recipe`.
+        num_layers: see `Recipe`.
+        max_context: see `Recipe`.
+        max_batch_size: see `Recipe`.
+        max_input_len: see `Recipe`.
+        sms: see `Recipe`.
+        progress: is told how far the run is; None says nothing.
+
+    Raises:
+        PlanishError: one of its subclasses in `planish.compiler.errors`; the message says what to do.
+
+    Example:
+        >>> bundle = compile_model(checkpoint, out, scheme="w4a8k8v8")
+        >>> bundle.manifest.targets
+        ('ort',)
+    """
+    settings = Recipe.read(
+        None if recipe is None else Path(recipe),
+        model=None if model is None else str(model),
+        scheme=scheme,
+        lm_head=lm_head,
+        select=select,
+        targets=None if targets is None else tuple(targets),
+        num_layers=num_layers,
+        max_context=max_context,
+        max_batch_size=max_batch_size,
+        max_input_len=max_input_len,
+        sms=None if sms is None else tuple(sms),
+    )
+    return compile_recipe(settings, Path(out), progress or Silent())
+
+
+def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
+    """Compile as `recipe` says; see `compile_model`."""
+    scheme = recipe.parsed_scheme()
+    check_targets(recipe)
+    check_output(out)
+    checkpoint = open_first_layers(recipe.model, recipe.num_layers)
+    checkpoint.check_tokenizer()
+    settings = {
+        "recipe": recipe.model_dump(mode="json"),
+        "checkpoint": checkpoint.fingerprint(),
+        "code": code_fingerprint(),
+    }
+    with WorkFolder.hold(out, settings, progress) as work, clear_errors(out):
+        check_space(work.path, _bytes_needed(checkpoint, scheme, recipe))
+        _Compile(checkpoint, scheme, recipe, work, progress).run()
+        work.publish()
+    return Bundle.open(out, verify=False)
+
+
+@dataclasses.dataclass
+class _Compile:
+    """One compile: what its stages share."""
+
+    checkpoint: Checkpoint
+    scheme: Scheme
+    recipe: Recipe
+    work: WorkFolder
+    progress: Progress
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def run(self) -> None:
+        """Run the stages."""
+        bundle, targets = self.work.bundle, self.recipe.targets
+        self.checkpoint.write_sidecars(bundle)
+        # The graph first: what it cannot express is refused before the long work, and its weights are read when saved.
+        codes = CodesOnDisk(self.work.codes, self.checkpoint, self.scheme)
+        model, left_float = portable_model(self.checkpoint, self.scheme, codes)
+        self._timed("quantise", self._quantize)
+        self._stage("portable model", bundle, lambda: save_model(model, bundle, self._steps("portable model")))
+        for target in targets:
+            self._stage(f"lower to {target}", engine_folder(bundle, target), partial(self._lower, target))
+        self.progress.say("verifying the logits against the PyTorch oracle")
+        checked = engine_folder(bundle, "ort") if "ort" in targets else bundle
+        tokens = Tokenizer(bundle).encode(_SAMPLE)[:_SAMPLE_TOKENS]
+        verification = self._timed(
+            "verify", lambda: verify(self.checkpoint, self.scheme, codes, checked / MODEL_FILE, tokens)
+        )
+        plan = self._timed(
+            "plan", lambda: make_plan(self.checkpoint, self.scheme, codes, left_float, self._steps("plan"))
+        )
+        write_json(bundle / PLAN_FILE, plan)
+        self._repeatable_recipe().write(bundle / RECIPE_FILE)
+        manifest = self._manifest()
+        write_report(Bundle(bundle, manifest), plan, verification, self.seconds)
+        manifest.write(bundle)
+
+    def _quantize(self) -> None:
+        def step(_: str, done: int, total: int) -> None:
+            self.progress.step("quantise", done, total)
+
+        quantize_checkpoint(self.checkpoint, self.scheme, self.work.codes, step)
+
+    def _lower(self, target: str) -> None:
+        lower(target, self.work.bundle, self.recipe, self.checkpoint.config.max_context, self.progress)
+
+    def _stage(self, name: str, folder: Path, make: Callable[[], object]) -> None:
+        """Make the files in `folder`, unless a run before finished that."""
+        if self.work.finished(name):
+            self.progress.say(f"{name}: kept from the run before")
+            return
+        self._timed(name, make)
+        self.work.finish(name, folder)
+
+    def _timed(self, name: str, make: Callable[[], _T]) -> _T:
+        started = time.perf_counter()
+        made = make()
+        self.seconds[name] = round(time.perf_counter() - started, 2)
+        return made
+
+    def _steps(self, stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress.step(stage, done, total)
+
+    def _max_context(self) -> int:
+        return min(self.recipe.max_context or self.checkpoint.config.max_context, self.checkpoint.config.max_context)
+
+    def _repeatable_recipe(self) -> Recipe:
+        """Return the recipe with a model path that holds from any folder."""
+        path = Path(self.recipe.model)
+        return self.recipe.model_copy(update={"model": str(path.resolve())}) if path.exists() else self.recipe
+
+    def _manifest(self) -> Manifest:
+        return Manifest(
+            planish_version=version("planish"),
+            model=self.checkpoint.name,
+            checkpoint=self.checkpoint.fingerprint(),
+            scheme=str(self.scheme),
+            lm_head=str(self.scheme.lm_head),
+            targets=self.recipe.targets,
+            max_context=self._max_context(),
+        )
+
+
+def _bytes_needed(checkpoint: Checkpoint, scheme: Scheme, recipe: Recipe) -> int:
+    """Return about how many bytes the work folder takes: codes, portable model, and targets in mostly 8 bits."""
+    config = checkpoint.config
+    total = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    embedding = config.vocab_size * config.hidden_size
+    linears = total - embedding
+    if scheme.linear.is_float:
+        return 4 * (total + embedding) * (1 + len(recipe.targets))
+    packed = int(linears * scheme.linear.average_bits(config.hidden_size) / 8) + embedding
+    return 2 * packed + 2 * embedding + len(recipe.targets) * (linears + 3 * embedding)

@@ -1,0 +1,72 @@
+"""plan.json: what every linear and the cache got, with the error it costs, and what stayed in floating point."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from planish.compiler.checkpoint import Checkpoint
+from planish.compiler.quantize.arithmetic import dequantize_weight
+from planish.compiler.quantize.codes import CodesOnDisk, module_groups
+from planish.passes.quantize_linears import LM_HEAD
+from planish.passes.scheme import Scheme
+
+__all__ = ["make_plan"]
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    codes: CodesOnDisk,
+    left_float: Sequence[str],
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Return the content of plan.json.
+
+    Per quantised linear: its format, its stored bits per weight with scales counted, and the SQNR of its weight in dB,
+    10 log10(sum W^2 / sum (W - Wq)^2), null where nothing was lost.
+    """
+    modules = [module for group in module_groups(checkpoint, scheme).values() for module in group]
+    linears = []
+    for done, module in enumerate(modules, 1):
+        linears.append(_linear(checkpoint, scheme, codes, module))
+        progress(done, len(modules))
+    config = checkpoint.config
+    return {
+        "scheme": str(scheme),
+        "lm_head": str(scheme.lm_head),
+        "linears": linears,
+        "left_float": [{"module": module, "reason": _reason(module)} for module in left_float],
+        "cache": {
+            "key_bits": scheme.key_bits,
+            "value_bits": scheme.value_bits,
+            "bytes_per_token": scheme.kv_bytes_per_token(
+                config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+            ),
+        },
+    }
+
+
+def _linear(checkpoint: Checkpoint, scheme: Scheme, codes: CodesOnDisk, module: str) -> dict[str, Any]:
+    form, stored = codes.format(module), codes.read(module)
+    tied = module == LM_HEAD and checkpoint.config.tie_word_embeddings
+    weight = torch.from_numpy(
+        checkpoint.tensor("model.embed_tokens.weight" if tied else f"{module}.weight").astype("float32")
+    )
+    lost = float((weight - dequantize_weight(codes.quantized(module))).double().square().sum())
+    held = float(weight.double().square().sum())
+    return {
+        "module": module,
+        "format": str(form),
+        "weight_bits": form.weight_bits,
+        "activation_bits": form.activation_bits,
+        "group": form.group,
+        "shape": list(weight.shape),
+        "average_bits": round(8 * (stored.packed.nbytes + stored.scale.nbytes) / weight.numel(), 4),
+        "weight_sqnr_db": round(10 * math.log10(held / lost), 2) if lost and held else None,
+    }
+
+
+def _reason(module: str) -> str:
+    return "the lm_head format is float" if module == LM_HEAD else "the scheme leaves linears in floating point"

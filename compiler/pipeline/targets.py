@@ -1,0 +1,60 @@
+"""Which targets there are, what each needs, and the call that builds each."""
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from planish.compiler.bundle.layout import MODEL_FILE, engine_folder
+from planish.compiler.optional import require
+from planish.compiler.pipeline.recipe import Recipe
+from planish.compiler.progress import Progress
+
+__all__ = ["check_targets", "lower"]
+
+#: Slots of an engine's cache unless asked for otherwise: they are allocated whether they are used or not.
+_ENGINE_CONTEXT = 2048
+
+
+def check_targets(recipe: Recipe) -> None:
+    """Check that the packages which the targets of `recipe` need are installed, before any work is done.
+
+    Raises:
+        MissingExtraError: naming the extra of the first that is not.
+    """
+    if "rtx" in recipe.targets:
+        require("tensorrt_rtx")
+    if "tensorrt" in recipe.targets:
+        require("tensorrt")
+
+
+def lower(target: str, bundle: Path, recipe: Recipe, longest: int, progress: Progress) -> None:
+    """Lower the portable model in `bundle` to `target`, into its folder below engines/.
+
+    Args:
+        target: one of `TARGETS`.
+        bundle: the folder of the bundle.
+        recipe: gives what was asked for.
+        longest: the longest context, in tokens, that the model itself allows.
+        progress: is told how far the work is.
+
+    Raises:
+        EngineBuildError: if an engine cannot be built.
+    """
+    model, folder = ir.load(bundle / MODEL_FILE), engine_folder(bundle, target)
+    folder.mkdir(parents=True, exist_ok=True)
+    if target == "ort":
+        from planish.compiler.backends.ort import build_ort
+
+        build_ort(model, folder, lambda done, total: progress.step("lower to ort", done, total))
+        return
+    from planish.compiler.backends.tensorrt import build_engines
+
+    limits: dict[str, Any] = {
+        "max_context": min(recipe.max_context or _ENGINE_CONTEXT, longest),
+        "max_batch": recipe.max_batch_size,
+        "max_prompt": recipe.max_input_len,
+        "sms": recipe.sms,
+    }
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    build_engines(model, folder, flavour=target, progress=progress, **given)

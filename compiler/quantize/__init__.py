@@ -1,0 +1,1 @@
+"""The low-bit arithmetic, and the codes of a checkpoint on disk."""

@@ -1,0 +1,111 @@
+"""Quantise every linear of a checkpoint once, and keep the packed codes on disk, one file per decoder block.
+
+A file is written whole or not at all, so a run that was killed resumes behind the last finished block.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from planish.compiler.checkpoint import Checkpoint
+from planish.compiler.quantize.arithmetic import QuantizedWeight, quantize_weight
+from planish.passes.codes import PackedWeight
+from planish.passes.quantize_linears import LM_HEAD
+from planish.passes.scheme import LinearFormat, Scheme
+from planish.plugins.packing import pack, unpack
+
+__all__ = ["CodesOnDisk", "module_groups", "quantize_checkpoint"]
+
+#: (name of the finished part, parts done, parts in all) -> None
+Progress = Callable[[str, int, int], None]
+
+
+class CodesOnDisk:
+    """The packed codes of a checkpoint under a scheme, read one module at a time."""
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, scheme: Scheme) -> None:
+        self._folder = folder
+        self._checkpoint = checkpoint
+        self._scheme = scheme
+
+    def format(self, module: str) -> LinearFormat:
+        """Return the format of `module`."""
+        return self._scheme.lm_head if module == LM_HEAD else self._scheme.linear
+
+    def out_features(self, module: str) -> int:
+        """Return the number of output channels of `module`."""
+        return self._checkpoint.shape(self._weight_name(module))[0]
+
+    def in_features(self, module: str) -> int:
+        """Return the number of input channels of `module`."""
+        return self._checkpoint.shape(self._weight_name(module))[1]
+
+    def read(self, module: str) -> PackedWeight:
+        """Return the packed weight of `module`."""
+        with safe_open(self._file(module), framework="numpy") as file:
+            return PackedWeight(file.get_tensor(f"{module}.codes"), file.get_tensor(f"{module}.scale"))
+
+    def quantized(self, module: str) -> QuantizedWeight:
+        """Return the weight of `module` as the oracle reads it."""
+        stored, form, k = self.read(module), self.format(module), self.in_features(module)
+        codes = torch.from_numpy(unpack(stored.packed, form.weight_bits, k))
+        scale = torch.from_numpy(stored.scale.astype(np.float32))
+        return QuantizedWeight(codes, scale, form.weight_bits, form.group or k)
+
+    def write(self, part: str, modules: list[str]) -> None:
+        """Quantise `modules` and write them into the file of `part`, unless that file is there already."""
+        path = self._folder / f"{part}.safetensors"
+        if path.exists():
+            return
+        tensors = {}
+        for module in modules:
+            form = self.format(module)
+            weight = self._checkpoint.tensor(self._weight_name(module)).astype(np.float32)
+            quantized = quantize_weight(torch.from_numpy(weight), form)
+            tensors[f"{module}.codes"] = pack(quantized.codes.numpy(), form.weight_bits)
+            scale_type = np.float32 if form.group is None else np.float16
+            tensors[f"{module}.scale"] = np.ascontiguousarray(quantized.scale.numpy().astype(scale_type))
+        unfinished = path.with_suffix(".part")
+        save_file(tensors, unfinished)
+        unfinished.rename(path)
+
+    def _file(self, module: str) -> Path:
+        return self._folder / f"{_part_of(module)}.safetensors"
+
+    def _weight_name(self, module: str) -> str:
+        if module == LM_HEAD and self._checkpoint.config.tie_word_embeddings:
+            return "model.embed_tokens.weight"
+        return f"{module}.weight"
+
+
+def _part_of(module: str) -> str:
+    return ".".join(module.split(".")[:3])
+
+
+def module_groups(checkpoint: Checkpoint, scheme: Scheme) -> dict[str, list[str]]:
+    """Return part name -> the modules quantised in it: one part per decoder block, and lm_head."""
+    groups: dict[str, list[str]] = {}
+    modules = [name.removesuffix(".weight") for name in checkpoint.names() if name.endswith("_proj.weight")]
+    for module in modules if not scheme.linear.is_float else []:
+        groups.setdefault(_part_of(module), []).append(module)
+    if not scheme.lm_head.is_float:
+        groups[LM_HEAD] = [LM_HEAD]
+    return groups
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint, scheme: Scheme, folder: Path, progress: Progress | None = None
+) -> CodesOnDisk:
+    """Quantise what `scheme` asks for into `folder`, skipping the parts that are there, and return the codes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    codes = CodesOnDisk(folder, checkpoint, scheme)
+    groups = module_groups(checkpoint, scheme)
+    for done, (part, modules) in enumerate(groups.items(), 1):
+        codes.write(part, modules)
+        if progress:
+            progress(part, done, len(groups))
+    return codes

@@ -1,0 +1,1 @@
+"""The PyTorch oracle, and the comparison of a compiled model with it."""

@@ -1,0 +1,183 @@
+"""The oracle: a LLaMA decoder in PyTorch that computes in the arithmetic of a scheme, one layer at a time.
+
+It shares no code with the ONNX graph, knows no cache (a sequence is computed whole, through the rounding that a cache
+would do), and is written to be read: the compiled model is right where the two agree.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from planish.compiler.checkpoint import Checkpoint
+from planish.compiler.checkpoint.config import LlamaConfig
+from planish.compiler.quantize.arithmetic import (
+    QuantizedWeight,
+    dequantize_kv,
+    low_bit_linear,
+    low_bit_product,
+    quantize_activation,
+    quantize_kv,
+)
+from planish.passes.quantize_linears import LM_HEAD
+from planish.passes.scheme import FLOAT_BITS, LinearFormat, Scheme
+
+__all__ = ["Batch", "Follow", "Oracle"]
+
+#: module name, such as model.layers.3.self_attn.q_proj -> its codes
+WeightCodes = Callable[[str], QuantizedWeight]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What every layer needs to know of a batch: cos and sin [batch, seq, head_dim / 2], mask [batch, 1, seq, seq]."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
+
+
+class Follow(Protocol):
+    """Codes of another run of the same model, which the oracle checks against its own and then goes on with.
+
+    A value that lies between two codes may round either way when the floats before it differ in their last bit, and
+    one other code early on makes other activations everywhere behind it. Following the other run's roundings, once
+    each is shown to be within its rights, compares all the arithmetic and none of the luck.
+    """
+
+    def activation(self, site: str, scaled: Tensor, codes: Tensor) -> Tensor:
+        """Return the codes to go on with at `site`, given the oracle's, and its x / scale before rounding."""
+
+    def cached(self, name: str, x: Tensor, codes: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the codes and stored scales to go on with for the keys or values `x` that `name` caches."""
+
+
+class Oracle:
+    """A LlamaForCausalLM in the arithmetic of `scheme`.
+
+    Args:
+        checkpoint: gives what stays in floating point.
+        scheme: gives the formats.
+        codes: gives the codes of quantised linears; not called for a float scheme.
+        follow: another run whose roundings to follow.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, scheme: Scheme, codes: WeightCodes, follow: Follow | None = None
+    ) -> None:
+        self.config: LlamaConfig = checkpoint.config
+        self.scheme = scheme
+        self._checkpoint = checkpoint
+        self._codes = codes
+        self._follow = follow
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the logits, float32 [batch, sequence, vocab], of int64 `input_ids` [batch, sequence]."""
+        *_, hidden = self.hidden_states(input_ids, attention_mask)
+        return self.head(hidden)
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield the input of layer 0, then the output of every layer, float32 [batch, sequence, hidden]."""
+        batch = self.batch(input_ids, attention_mask)
+        x = self.embed(input_ids)
+        yield x
+        for i in range(self.config.num_hidden_layers):
+            x = self.layer(i, x, batch)
+            yield x
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return the embeddings of `input_ids`, float32 [batch, sequence, hidden]."""
+        return self._embeddings()[input_ids]
+
+    def batch(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Batch:
+        """Return the angles and mask of a batch; `attention_mask`, int [batch, sequence], is 0 at padding."""
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        positions = (real.cumsum(1) - 1).clamp_min(0)
+        angles = positions[..., None].float() * torch.from_numpy(self.config.inv_freq())
+        slots = torch.arange(input_ids.shape[1])
+        seen = (slots <= slots[:, None]) & real.bool()[:, None, None, :] | (slots == slots[:, None])
+        mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+        return Batch(angles.cos(), angles.sin(), mask)
+
+    def layer(self, i: int, x: Tensor, batch: Batch) -> Tensor:
+        """Return the output of decoder block `i` for the output `x` of the block before."""
+        name = f"model.layers.{i}"
+        h = self._norm(x, f"{name}.input_layernorm")
+        x = x + self._attention(i, h, batch)
+        h = self._norm(x, f"{name}.post_attention_layernorm")
+        gate, up = self._linears(h, f"{name}.ffn_in", [f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"])
+        hidden = torch.nn.functional.silu(gate) * up
+        (down,) = self._linears(hidden, f"{name}.ffn_out", [f"{name}.mlp.down_proj"])
+        return x + down
+
+    def head(self, x: Tensor) -> Tensor:
+        """Return the logits of the last layer's output."""
+        h = self._norm(x, "model.norm")
+        if not self.scheme.lm_head.is_float:
+            return self._low_bit(h, LM_HEAD, [LM_HEAD], self.scheme.lm_head)[0]
+        table = self._embeddings() if self.config.tie_word_embeddings else self._tensor("lm_head.weight")
+        return h @ table.T
+
+    def _attention(self, i: int, h: Tensor, batch: Batch) -> Tensor:
+        config, layer = self.config, f"model.layers.{i}"
+        modules = [f"{layer}.self_attn.{part}_proj" for part in "qkv"]
+        query, key, value = (
+            y.reshape(*y.shape[:2], -1, config.head_dim).transpose(1, 2)
+            for y in self._linears(h, f"{layer}.attn_in", modules)
+        )
+        keys = self._cached(f"{layer}.key", _rotate(key, batch), self.scheme.key_bits)
+        values = self._cached(f"{layer}.value", value, self.scheme.value_bits)
+        keys, values = (t.repeat_interleave(config.groups, 1) for t in (keys, values))
+        scores = _rotate(query, batch) @ keys.transpose(2, 3) * config.head_dim**-0.5 + batch.mask
+        attended = scores.softmax(-1) @ values
+        (y,) = self._linears(attended.transpose(1, 2).flatten(2), f"{layer}.attn_out", [f"{layer}.self_attn.o_proj"])
+        return y
+
+    def _cached(self, name: str, x: Tensor, bits: int) -> Tensor:
+        """Return keys or values as attention reads them back from the cache."""
+        if bits == FLOAT_BITS:
+            return x
+        codes, stored = quantize_kv(x, bits)
+        if self._follow:
+            codes, stored = self._follow.cached(name, x, codes, stored)
+        return dequantize_kv(codes, stored)
+
+    def _linears(self, x: Tensor, site: str, modules: list[str]) -> list[Tensor]:
+        """Return the outputs of the linears that read `x`, which is quantised once, at `site`."""
+        if self.scheme.linear.is_float:
+            outputs = [x @ self._tensor(f"{module}.weight").T for module in modules]
+        else:
+            outputs = self._low_bit(x, site, modules, self.scheme.linear)
+        has_bias = self.config.attention_bias if "self_attn" in modules[0] else self.config.mlp_bias
+        if has_bias:
+            outputs = [y + self._tensor(f"{module}.bias") for y, module in zip(outputs, modules, strict=True)]
+        return outputs
+
+    def _low_bit(self, x: Tensor, site: str, modules: list[str], form: LinearFormat) -> list[Tensor]:
+        if form.weight_only:
+            return [low_bit_linear(x, self._codes(module), form) for module in modules]
+        codes, scale = quantize_activation(x, form.activation_bits, form.clip)
+        if self._follow:
+            codes = self._follow.activation(site, x / scale, codes)
+        return [low_bit_product(codes, scale, self._codes(module), form.activation_bits) for module in modules]
+
+    def _norm(self, x: Tensor, module: str) -> Tensor:
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
+        return self._tensor(f"{module}.weight") * (x * scale)
+
+    def _embeddings(self) -> Tensor:
+        table = self._tensor("model.embed_tokens.weight")
+        return table if self.scheme.linear.is_float else table.half().float()
+
+    def _tensor(self, name: str) -> Tensor:
+        return torch.from_numpy(self._checkpoint.tensor(name).astype(np.float32))
+
+
+def _rotate(x: Tensor, batch: Batch) -> Tensor:
+    """Rotate the halves of each head, [batch, heads, seq, head_dim], by the angles of its position."""
+    first, second = x.chunk(2, -1)
+    cos, sin = batch.cos[:, None], batch.sin[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

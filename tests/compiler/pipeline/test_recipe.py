@@ -1,0 +1,49 @@
+"""Recipes are read, overridden and written back; what is wrong in one is named."""
+
+from pathlib import Path
+
+import pytest
+
+from planish.compiler.errors import RecipeError
+from planish.compiler.pipeline.recipe import Recipe
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_what_is_given_wins_over_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", "model: a\nscheme: w4a4k4v4\ntargets: [rtx]\nsms: [86, 89]\n")
+    recipe = Recipe.read(path, scheme="w3a3k3v3", lm_head=None, num_layers=2)
+    assert (recipe.model, recipe.scheme, recipe.targets, recipe.sms) == ("a", "w3a3k3v3", ("rtx",), (86, 89))
+    assert recipe.num_layers == 2
+
+
+def test_written_recipe_reads_back(tmp_path: Path) -> None:
+    recipe = Recipe(model="é", scheme="w2a16g128", targets=("ort", "rtx"), max_context=100, sms=(89,))
+    recipe.write(tmp_path / "r.yaml")
+    assert Recipe.read(tmp_path / "r.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: a\nscheme: w4a4\nshceme: b\n", "r.yaml: unknown setting 'shceme'; the settings are model, scheme"),
+        ("model: a\n", "'scheme' is missing"),
+        ("model: a\nscheme: w4a4\nnum_layers: two\n", "'num_layers' is 'two'"),
+        ("model: a\nscheme: w4a4\ntargets: [ort, tpu]\n", r"'targets\.1' is 'tpu'"),
+        ("model: a\nscheme: w4a4\ntargets: []\n", "'targets'"),
+        ("model: a\nscheme: w4a4\nselect: best\n", "'select' is 'best'"),
+        ("- a\n", "not a mapping"),
+        ("a: [\n", "cannot be read"),
+    ],
+)
+def test_wrong_recipes_name_the_setting(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.read(write(tmp_path / "r.yaml", text))
+
+
+def test_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.read(tmp_path / "no.yaml")

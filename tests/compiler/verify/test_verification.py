@@ -1,0 +1,121 @@
+"""The compiled model, lowered and not, against the oracle: every scheme and every variant of the model."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from planish.compiler.backends.ort import build_ort
+from planish.compiler.checkpoint import Checkpoint, open_checkpoint
+from planish.compiler.errors import AccuracyError
+from planish.compiler.export.float_model import save_model
+from planish.compiler.export.portable import portable_model
+from planish.compiler.quantize.codes import CodesOnDisk, quantize_checkpoint
+from planish.compiler.verify.verification import verify
+from planish.passes.scheme import Scheme, SchemeError
+from tests.tiny import VARIANTS, write_tiny
+
+SCHEMES = [
+    "w4a4k4v4",
+    "w3a3k3v3",
+    "w3a3k3v2",
+    "w2a2k2v2",
+    "w4a8kv8",
+    "w8a8k8v8",
+    "w4a5k4v8",
+    "w4a4k4v4g32",
+    "w2a16g32",
+    "w3a16k3v3",
+    "w4a16g64",
+    "w8a16kv4",
+    "w16a16k16v16",
+    "w16a16k4v4",
+]
+TOKENS = [int(token) for token in np.random.default_rng(7).integers(0, 200, 21)]
+
+
+def build(checkpoint: Checkpoint, scheme: Scheme, folder: Path) -> tuple[CodesOnDisk, list[Path]]:
+    """Write the portable and the lowered model; return the codes and both paths."""
+    codes = quantize_checkpoint(checkpoint, scheme, folder / "codes")
+    portable = save_model(portable_model(checkpoint, scheme, codes)[0], folder / "portable")
+    return codes, [portable, build_ort(ir.load(portable), folder / "ort")]
+
+
+@pytest.mark.parametrize("spelling", SCHEMES)
+def test_scheme(spelling: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_tiny(tmp_path / "tiny"))
+    scheme = Scheme.parse(spelling)
+    codes, models = build(checkpoint, scheme, tmp_path)
+    for model in models:
+        result = verify(checkpoint, scheme, codes, model, TOKENS)
+        assert result.tokens == len(TOKENS)
+        assert result.logits_error < 1e-5
+        assert result.followed <= result.roundings * 1e-3
+        assert (result.roundings > 0) == (scheme.linear.activation_bits < 16 or scheme.quantizes_cache)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant(variant: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_tiny(tmp_path / "tiny", **VARIANTS[variant]))
+    scheme = Scheme.parse("w3a4k3v3" if checkpoint.config.head_dim % 8 == 0 else "w3a4")
+    codes, models = build(checkpoint, scheme, tmp_path)
+    for model in models:
+        assert verify(checkpoint, scheme, codes, model, TOKENS).logits_error < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [6, 7, 8, 9])  # prefills of 2 to 5, around the number of query blocks
+def test_short_prompts(tokens: int, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_tiny(tmp_path / "tiny"))
+    scheme = Scheme.parse("w4a8k8v8")
+    codes, (_, lowered) = build(checkpoint, scheme, tmp_path)
+    assert verify(checkpoint, scheme, codes, lowered, TOKENS[:tokens]).logits_error < 1e-5
+
+
+def test_cache_of_odd_heads_is_refused_in_words(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_tiny(tmp_path / "tiny", head_dim=12))
+    with pytest.raises(SchemeError, match="drop the k and v parts"):
+        build(checkpoint, Scheme.parse("w4a4k4v4"), tmp_path)
+
+
+def test_lowered_model_holds_no_planish_op_and_multiplies_integers(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_tiny(tmp_path / "tiny"))
+    _, (portable, lowered) = build(checkpoint, Scheme.parse("w3a3k3v3"), tmp_path)
+    assert {function.domain for function in onnx.load(portable).functions} == {"planish"}
+    model = onnx.load(lowered)
+    assert not model.functions
+    assert "planish" not in {node.domain for node in model.graph.node}
+    products = [node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(products) == 4 * checkpoint.config.num_hidden_layers + 1
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert {types[node.input[1]] for node in products} == {onnx.TensorProto.INT8}
+    # The one matrix left in floating point is the embedding table.
+    large = {t.name for t in model.graph.initializer if len(t.dims) == 2 and t.data_type != onnx.TensorProto.INT8}
+    assert {name for name in large if "matrix" not in name} == {"model.embed_tokens.weight"}
+
+
+def _spoil(model: Path, name: str) -> None:
+    """Add 1 to the first float initializer whose name ends like `name`."""
+    proto = onnx.load(model)
+    tensor = next(t for t in proto.graph.initializer if t.name.endswith(name))
+    tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) + np.float32(1), tensor.name))
+    onnx.save(proto, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "culprit"),
+    [
+        ("layers.1.input_layernorm.weight", r"model\.layers\.1\.attn_in drifts first"),
+        ("layers.0.mlp.down_proj.scale_row", r"Layer 0 drifts first"),
+        ("lm_head.scale_row", r"lm_head drifts first"),
+    ],
+)
+def test_names_what_drifts_first(name: str, culprit: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_tiny(tmp_path / "tiny"))
+    scheme = Scheme.parse("w4a4k4v4")
+    codes, (_, lowered) = build(checkpoint, scheme, tmp_path)
+    _spoil(lowered, name)
+    with pytest.raises(AccuracyError, match=culprit):
+        verify(checkpoint, scheme, codes, lowered, TOKENS)
+    assert not list(lowered.parent.glob("verify*"))

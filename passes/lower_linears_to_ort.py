@@ -63,7 +63,7 @@ def _lower_quantize(graph: ir.Graph, node: ir.Node, zeros: dict[tuple[int, bool]
     spanned = build.op("Mul", [largest, build.floats(float(factor), f"{name}.factor")], f"{name}.spanned")
     scale = build.op("Max", [spanned, build.floats(SMALLEST_SCALE, f"{name}.smallest")], f"{name}.scale")
     # Every linear of the blocks sees the same tokens, so they share one tensor of zero points; lm_head may see fewer.
-    key = (bits, x.name == "lm_head.input" or name.startswith("lm_head"))
+    key = (bits, name.startswith("lm_head"))
     if key not in zeros:
         zero = build.initializer(np.full((1, 1, 1), 1 << bits - 1, np.uint8), f"{name}.zero")
         zeros[key] = build.op("Expand", [zero, build.op("Shape", [scale], f"{name}.tokens")], f"{name}.zeros")

@@ -8,10 +8,11 @@ Bundles go to `--folder` and are kept there, so a run that was stopped goes on w
 import argparse
 import json
 import math
+import statistics
+import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -24,22 +25,28 @@ from planish.compiler.pipeline.compile import compile_recipe
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.progress import Silent
 from planish.compiler.quantize.codes import quantize_checkpoint
-from planish.compiler.verify.oracle import Oracle
+from planish.compiler.verify.verification import verify
 
 
-def oracle_perplexity(recipe: Recipe, bundle: Bundle, text: Path, seqlen: int, windows: int, scratch: Path) -> float:
-    """Return the oracle's perplexity by the protocol of `evaluate`."""
+def against_oracle(recipe: Recipe, bundle: Bundle, text: Path, seqlen: int, windows: int) -> dict[str, float]:
+    """Verify the bundle on every window of the text; return perplexities and how many codes were followed."""
     checkpoint, scheme = open_first_layers(recipe.model, recipe.num_layers), recipe.parsed_scheme()
-    codes = quantize_checkpoint(checkpoint, scheme, scratch)
     ids = np.asarray(bundle.tokenizer.encode(read_text(text))[: seqlen * windows]).reshape(windows, seqlen)
-    oracle, total = Oracle(checkpoint, scheme, codes.quantized), 0.0
-    with torch.inference_mode():
-        for batch in torch.from_numpy(ids).split(4):
-            logits = oracle.logits(batch)[:, :-1]
-            total += torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).double(), batch[:, 1:].flatten(), reduction="sum"
-            ).item()
-    return math.exp(total / (windows * (seqlen - 1)))
+    with tempfile.TemporaryDirectory() as scratch:
+        codes = quantize_checkpoint(checkpoint, scheme, Path(scratch))
+        found = [verify(checkpoint, scheme, codes, bundle.model_path(), window.tolist()) for window in ids]
+
+    def mean(name: str) -> float:
+        return math.exp(statistics.fmean(math.log(getattr(each, name)) for each in found))
+
+    return {
+        "oracle_perplexity": mean("oracle_perplexity"),
+        "unfollowed_perplexity": mean("unfollowed_perplexity"),
+        "worst_logits_error": max(each.logits_error for each in found),
+        "followed_per_million": 1e6
+        * sum(each.followed for each in found)
+        / max(1, sum(each.roundings for each in found)),
+    }
 
 
 def main() -> None:
@@ -51,7 +58,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--folder", type=Path, default=Path("out/schemes"))
-    parser.add_argument("--oracle", action="store_true", help="also compute the oracle's perplexity")
+    parser.add_argument("--oracle", action="store_true", help="also verify every window against the oracle")
     parser.add_argument("--speed", action="store_true", help="also measure speed and memory against the float model")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -76,14 +83,7 @@ def main() -> None:
             "perplexity": measured.perplexity,
         }
         if arguments.oracle:
-            row["oracle_perplexity"] = oracle_perplexity(
-                recipe,
-                bundle,
-                arguments.text,
-                arguments.seqlen,
-                arguments.windows,
-                arguments.folder / f"{scheme}.codes",
-            )
+            row |= against_oracle(recipe, bundle, arguments.text, arguments.seqlen, arguments.windows)
         if arguments.speed:
             row |= {k: v for k, v in bench(bundle).to_dict().items() if k.endswith(("speedup", "ratio"))}
         rows.append(row)

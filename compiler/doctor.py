@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from planish.compiler.optional import EXTRA_OF
+from planish.compiler.runtime.processor import PRODUCTS_WITHOUT_SATURATION, cpu_flags
 
 __all__ = ["diagnose"]
 
@@ -36,7 +37,7 @@ def diagnose(folder: Path = Path()) -> dict[str, Any]:
 
     `advice` lists what would make things faster or possible, each as a sentence.
     """
-    flags = _cpu_flags()
+    flags = [flag for flag in _FLAGS if flag in cpu_flags()]
     missing = _missing_extras()
     return {
         "python": platform.python_version(),
@@ -56,17 +57,6 @@ def _version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_flags() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            found = set(value.split())
-            return [flag for flag in _FLAGS if flag in found]
-    return []
 
 
 def _gpus() -> list[str]:
@@ -92,6 +82,6 @@ def _advice(flags: list[str], missing: dict[str, list[str]]) -> list[str]:
         f"extra '{extra}' is not complete ({', '.join(packages)}): pip install 'planish[{extra}]'"
         for extra, packages in missing.items()
     ]
-    if platform.machine() == "x86_64" and not {"avx_vnni", "avx512_vnni", "amx_int8"} & set(flags):
+    if platform.machine() == "x86_64" and not PRODUCTS_WITHOUT_SATURATION & set(flags):
         advice.append("this processor has no VNNI: integer products run, but not faster than floating point")
     return advice

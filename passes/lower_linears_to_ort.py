@@ -25,7 +25,7 @@ class LowerLinearsToOrtPass(ir.passes.InPlacePass):
     - Activations: QuantizeLinear over blocks of one token, with the run-time scale; its saturation is the lower clamp.
     - Products: MatMulIntegerToFloat, which is MatMulInteger (uint8 codes times int8 codes, exact in int32) with the
       weight scale applied as the sums leave the kernel; one per group of input channels, added up.
-    - Weight-only: MatMulNBits; 3-bit codes travel in its 4-bit container.
+    - Weight-only: MatMulNBits; 2- and 3-bit codes travel in its 4-bit container.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -122,7 +122,8 @@ def _lower_weight_only(graph: ir.Graph, node: ir.Node) -> None:
     bits = int(node.op_type.removeprefix("PlanishWeightOnlyMatMul"))
     k, group = node.attributes.get_int("k"), node.attributes.get_int("group")
     outputs = dim(weight, 0)
-    container = 4 if bits == 3 else bits
+    # Of the widths up to 4 bits ONNX Runtime multiplies only 4 by floats without unpacking the whole matrix first.
+    container = max(bits, 4)
     block = group if group < k else _WHOLE_CHANNEL_BLOCK
     blocks = -(-k // block)
     module = str(weight.name).removesuffix(".codes")

@@ -46,7 +46,7 @@ def every_linear(checkpoint: Checkpoint) -> list[str]:
 )
 def test_every_linear_is_replaced(merge: bool, variant: str, spelling: str, op: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_tiny(tmp_path, **VARIANTS[variant]))
-    scheme = Scheme.parse(spelling)
+    scheme = Scheme.parse(spelling, lm_head="w8a16" if "a16" in spelling else "w8a8")
     model = float_model(checkpoint)
     if merge:
         MergeLinearsPass()(model)

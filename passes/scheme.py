@@ -111,9 +111,8 @@ class Scheme:
     def parse(cls, text: str, lm_head: str | None = None) -> "Scheme":
         """Return the scheme spelled `text`, such as w4a4k4v4, w4a8kv8, w3a3k3v3, w2a16g128 or w16a16k16v16.
 
-        Left out, keys and values stay in floating point. `lm_head` is spelled w8a8 or w8a16g64; left out it gets
-        8-bit weights, with 8-bit activations where the scheme quantises activations, and stays in floating point
-        where the scheme leaves weights so.
+        Left out, keys and values stay in floating point. `lm_head` is spelled w8a8 or w4a16g64; left out it is
+        w8a8, or stays in floating point where the scheme leaves weights so.
 
         Raises:
             SchemeError: if the spelling is unknown or the combination cannot be built.
@@ -128,8 +127,9 @@ class Scheme:
         key = int(match["key"] or match["kv"] or FLOAT_BITS)
         value = int(match["value"] or match["kv"] or FLOAT_BITS)
         if lm_head is None:
-            head_bits = FLOAT_BITS if linear.is_float else 8
-            head = LinearFormat(head_bits, 8 if linear.activation_bits < FLOAT_BITS else FLOAT_BITS)
+            # Integers even in weight-only schemes: 8-bit activations cost the logits nothing that can be measured,
+            # and the largest matrix of the model would otherwise be the slowest.
+            head = linear if linear.is_float else LinearFormat(8, 8)
         else:
             head_match = _HEAD.fullmatch(lm_head.strip().lower())
             if head_match is None:

@@ -11,7 +11,7 @@ SPELLINGS = {
     "w4a8k8v8": Scheme(LinearFormat(4, 8), 8, 8, LinearFormat(8, 8)),
     "w4a8kv8": Scheme(LinearFormat(4, 8), 8, 8, LinearFormat(8, 8)),
     "w4a5k4v8": Scheme(LinearFormat(4, 5), 4, 8, LinearFormat(8, 8)),
-    "w2a16g128": Scheme(LinearFormat(2, 16, 128), 16, 16, LinearFormat(8, 16)),
+    "w2a16g128": Scheme(LinearFormat(2, 16, 128), 16, 16, LinearFormat(8, 8)),
     "w4a4k4v4g32": Scheme(LinearFormat(4, 4, 32), 4, 4, LinearFormat(8, 8)),
     "w16a16k16v16": Scheme(LinearFormat(16, 16), 16, 16, LinearFormat(16, 16)),
     "w16a16": Scheme(LinearFormat(16, 16), 16, 16, LinearFormat(16, 16)),

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from planish.compiler.errors import NotPlanishModelError
+from planish.compiler.runtime.processor import PRODUCTS_WITHOUT_SATURATION, cpu_flags
 
 __all__ = ["Cache", "Session"]
 
@@ -85,8 +86,9 @@ class Session:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
-        # Without VNNI, products of unsigned by signed 8-bit codes saturate unless ONNX Runtime is told not to.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if not PRODUCTS_WITHOUT_SATURATION & set(cpu_flags()):
+            # Products of unsigned by signed 8-bit codes saturate then, unless a slower kernel is asked for.
+            options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions have no common base of their own

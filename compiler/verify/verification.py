@@ -1,6 +1,7 @@
 """Verify a compiled model: run it in ONNX Runtime, prefill and decode, and hold it against the PyTorch oracle."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ class Verification:
         followed: those of them that fell between two codes and were rounded the other way by the oracle.
         unfollowed_error: logits_error of an oracle that keeps to its own roundings. It says how chaotic the model is
             under this scheme, not how well it was compiled.
+        perplexity: of the model on these tokens.
+        oracle_perplexity: of the oracle, roundings followed.
+        unfollowed_perplexity: of the oracle that keeps to its own roundings.
     """
 
     tokens: int
@@ -61,6 +65,9 @@ class Verification:
     roundings: int
     followed: int
     unfollowed_error: float
+    perplexity: float
+    oracle_perplexity: float
+    unfollowed_perplexity: float
 
 
 def verify(
@@ -102,6 +109,7 @@ def verify(
         follow.roundings,
         follow.followed,
         _of_range(run.outputs["logits"], unfollowed),
+        *(_perplexity(each, ids) for each in (run.outputs["logits"], logits, unfollowed)),
     )
 
 
@@ -202,6 +210,11 @@ def _relative(value: Array, reference: Array) -> float:
     """Return the largest relative difference of a row, norm over norm."""
     difference = np.linalg.norm(value - reference, axis=-1)
     return float((difference / np.maximum(np.linalg.norm(reference, axis=-1), 1e-20)).max())
+
+
+def _perplexity(logits: Array, ids: Tensor) -> float:
+    loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits[0, :-1]).double(), ids[0, 1:])
+    return math.exp(min(loss.item(), 700.0))
 
 
 def _of_range(value: Array, reference: Array) -> float:

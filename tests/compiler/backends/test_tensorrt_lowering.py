@@ -41,9 +41,10 @@ def prompt() -> tuple[Array, Array]:
     return ids, mask
 
 
-def case(folder: Path, scheme: str, **overrides: Any) -> Case:
+def case(folder: Path, scheme: str, lm_head: str | None = None, **overrides: Any) -> Case:
     """Return the portable model of a tiny checkpoint and the oracle's logits of `prompt`."""
-    checkpoint, parsed = open_checkpoint(write_tiny(folder / "checkpoint", **overrides)), Scheme.parse(scheme)
+    checkpoint = open_checkpoint(write_tiny(folder / "checkpoint", **overrides))
+    parsed = Scheme.parse(scheme, lm_head)
     codes = quantize_checkpoint(checkpoint, parsed, folder / "codes")
     model, _ = portable_model(checkpoint, parsed, codes)
     with torch.no_grad():
@@ -73,10 +74,16 @@ def test_before_float16_the_logits_are_the_oracles(scheme: str, tmp_path: Path) 
 # Low-bit activations turn a rounding of 2^-11 into another code now and then. The bounds say what that costs in a
 # random model, which amplifies it; a mistake in a scale or mask costs the whole range.
 @pytest.mark.parametrize(
-    ("scheme", "bound"), [("w16a16", 2e-3), ("w2a16g16", 2e-3), ("w4a8k8v8", 0.03), ("w8a8k8v8g64", 0.03)]
+    ("scheme", "lm_head", "bound"),
+    [
+        ("w16a16", None, 2e-3),
+        ("w2a16g16", "w8a16", 2e-3),
+        ("w4a8k8v8", None, 0.03),
+        ("w8a8k8v8g64", None, 0.03),
+    ],
 )
-def test_after_float16_the_logits_are_near(scheme: str, bound: float, tmp_path: Path) -> None:
-    portable, logits = case(tmp_path, scheme)
+def test_after_float16_the_logits_are_near(scheme: str, lm_head: str | None, bound: float, tmp_path: Path) -> None:
+    portable, logits = case(tmp_path, scheme, lm_head)
     found = run(lower_to_tensorrt(portable, CONTEXT), tmp_path / "lowered", float16=True)
     assert range_error(real(found), real(logits)) < bound
 

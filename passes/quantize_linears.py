@@ -1,5 +1,7 @@
 """Quantise linears: MatMul by a float weight becomes a planish product with packed codes."""
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -21,12 +23,19 @@ class QuantizeLinearsPass(ir.passes.InPlacePass):
     """Replaces ``MatMul(x, W)`` by ``PlanishMatMul(PlanishQuantizeActivation(x), codes)``, or by its weight-only kin.
 
     Linears whose format is float stay. `left_float` names them afterwards: nothing is skipped silently.
+
+    Args:
+        scheme: the bits.
+        codes: the quantised weights.
+        clips: module -> the share of a token's largest magnitude that its activation grid spans, times the clip of
+            the scheme; `Transforms.clip`. Modules of a merged product, which share the grid, must have the same.
     """
 
-    def __init__(self, scheme: Scheme, codes: CodesSource) -> None:
+    def __init__(self, scheme: Scheme, codes: CodesSource, clips: Callable[[str], float] = lambda module: 1.0) -> None:
         super().__init__()
         self._scheme = scheme
         self._codes = codes
+        self._clips = clips
         self.left_float: list[str] = []
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -59,8 +68,9 @@ class QuantizeLinearsPass(ir.passes.InPlacePass):
         else:
             quantize = quantize_activation()
             declare(model, quantize)
+            (clip,) = {self._clips(module) for module in modules}
             codes = build.ops(
-                quantize.name, [x], f"{name}.input", 2, domain=DOMAIN, bits=form.activation_bits, clip=form.clip
+                quantize.name, [x], f"{name}.input", 2, domain=DOMAIN, bits=form.activation_bits, clip=form.clip * clip
             )
             op = matmul(form.weight_bits)
             y = build.op(

@@ -141,3 +141,27 @@ def test_a_head_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert modules_of(products(model, "PlanishMatMul")) == ["lm_head"]
     assert sorted([*quantize.left_float, "lm_head"]) == every_linear(checkpoint)
     assert "logits" in [value.name for value in model.graph.outputs]
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_clips_of_modules(merge: bool, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Each grid spans what its module is given; lm_head asks as well."""
+    scheme = Scheme.parse("w4a4")
+    clips = {"self_attn.o_proj": 0.5, "mlp.gate_proj": 0.75, "mlp.up_proj": 0.75, "lm_head": 0.875}
+    asked: list[str] = []
+
+    def clip(module: str) -> float:
+        asked.append(module)
+        return clips.get(module.removeprefix("model.layers.1."), 1.0)
+
+    model = float_model(checkpoint)
+    if merge:
+        MergeLinearsPass()(model)
+    QuantizeLinearsPass(scheme, quantize_checkpoint(checkpoint, scheme, tmp_path), clip)(model)
+    assert sorted(asked) == every_linear(checkpoint)
+    for node in products(model, "PlanishMatMul"):
+        (first, *_) = modules_of([node])
+        quantize = node.inputs[0].producer() if node.inputs[0] else None
+        assert quantize is not None
+        expected = clips.get(first.removeprefix("model.layers.1."), 1.0)
+        assert quantize.attributes.get_float("clip") == expected

@@ -11,12 +11,24 @@ a mixing of the blocks, all in one form.
 """
 
 import dataclasses
+import re
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SITES", "Array", "Kind", "LayerTransforms", "Site", "Transform", "Transforms"]
+__all__ = [
+    "SITES",
+    "SITE_MODULES",
+    "Array",
+    "Kind",
+    "LayerTransforms",
+    "Site",
+    "Transform",
+    "Transforms",
+    "orthogonal",
+    "site_of",
+]
 
 Array = npt.NDArray[np.floating[Any]]
 Kind = Literal["identity", "rotation", "affine"]
@@ -24,7 +36,42 @@ Site = Literal["attn_in", "attn_out", "ffn_in", "ffn_out", "key", "value"]
 
 SITES: tuple[Site, ...] = ("attn_in", "attn_out", "ffn_in", "ffn_out", "key", "value")
 
+#: The sites that are the input of linears -> those linears, named within their block.
+SITE_MODULES: dict[Site, tuple[str, ...]] = {
+    "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn_out": ("self_attn.o_proj",),
+    "ffn_in": ("mlp.gate_proj", "mlp.up_proj"),
+    "ffn_out": ("mlp.down_proj",),
+}
+
 _Matrix = npt.NDArray[np.float64]
+_MODULE = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_SITE_OF = {module: site for site, modules in SITE_MODULES.items() for module in modules}
+#: How far R^T R of a residual map may be from the identity before `orthogonal` makes up for its float32 entries.
+_ORTHOGONAL = 1e-3
+
+
+def site_of(module: str) -> Site | None:
+    """Return the site that a checkpoint module reads from; None outside of the decoder blocks.
+
+    Example:
+        >>> site_of("model.layers.3.self_attn.q_proj")
+        'attn_in'
+    """
+    match = _MODULE.fullmatch(module)
+    return _SITE_OF.get(match[2]) if match else None
+
+
+def orthogonal(R: Array) -> _Matrix:
+    """Return the float64 orthogonal matrix that a float32 one was rounded from, to 1e-12.
+
+    It is the nearest orthogonal matrix (the polar factor), by Newton's iteration R <- R (3 I - R^T R) / 2. What a
+    float32 R is short of being orthogonal, 1e-7, would otherwise stay in every norm behind it.
+    """
+    result: _Matrix = R.astype(np.float64)
+    for _ in range(3):
+        result = result @ (1.5 * np.eye(len(result)) - 0.5 * result.T @ result)
+    return result
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,6 +113,8 @@ class Transform:
             return f"cannot be read as {rows} x {columns}"
         if self.right is not None and self.right.shape[0] not in (1, rows):
             return f"has {self.right.shape[0]} right factors for {rows} rows"
+        if self.left is not None and self.left.shape[0] != rows:
+            return f"has a left factor of {self.left.shape[0]} rows and is read as {rows} x {columns}"
         if not all(np.isfinite(each).all() for each in (self.scale, self.right, self.left) if each is not None):
             return "holds NaN or infinity"
         return None
@@ -95,36 +144,51 @@ class Transform:
         rows, columns = self.grid
         return 2 * self.width * ((columns if self.right is not None else 0) + (rows if self.left is not None else 0))
 
+    def for_query_heads(self, groups: int) -> "Transform":
+        """Return the map of all query heads from that of the KV heads, each of which serves `groups` of them."""
+        right = self.right if self.right is None or len(self.right) == 1 else np.repeat(self.right, groups, axis=0)
+        return dataclasses.replace(self, width=self.width * groups, right=right)
+
     def without_scale(self) -> "Transform":
         """Return the factors alone, as they run online."""
         return dataclasses.replace(self, scale=None)
 
     def apply(self, x: Array) -> _Matrix:
         """Return (x * scale) P, float64 like `x` [..., n]."""
-        scaled = x.astype(np.float64) if self.scale is None else x * self.scale.astype(np.float64)
+        scaled: _Matrix = x.astype(np.float64)
+        if self.scale is not None:
+            scaled = scaled * self.scale.astype(np.float64)
         return self._factors(scaled, self.right, self.left)
 
     def apply_to_weight(self, weight: Array) -> _Matrix:
         """Return (W / scale) P^-T, float64 [..., n]: what undoes `apply` on the other side of a product."""
-        scaled = weight.astype(np.float64) if self.scale is None else weight / self.scale.astype(np.float64)
-        return self._factors(scaled, _inverse_transposed(self.right), _inverse_transposed(self.left))
+        scaled: _Matrix = weight.astype(np.float64)
+        if self.scale is not None:
+            scaled = scaled / self.scale.astype(np.float64)
+        right, left = (None if each is None else each.swapaxes(-1, -2) for each in self.inverse_factors())
+        return self._factors(scaled, right, left)
+
+    def inverse_factors(self) -> tuple[_Matrix | None, _Matrix | None]:
+        """Return the inverse right and left factors, float64; undoing P takes the left one first."""
+        return _inverse(self.right), _inverse(self.left)
 
     def matrix(self) -> _Matrix:
         """Return diag(scale) P as one float64 [n, n] matrix."""
         return self.apply(np.eye(self.width))
 
     def _factors(self, x: _Matrix, right: Array | None, left: Array | None) -> _Matrix:
-        rows, columns = self.grid
-        y = x.reshape(*x.shape[:-1], rows, columns)
-        if right is not None:
-            y = np.einsum("...mk,mkj->...mj", y, np.broadcast_to(right, (rows, columns, columns)), optimize=True)
+        y: _Matrix = x.reshape(-1, *self.grid)
+        if right is not None and len(right) == 1:
+            y = y @ right[0].astype(np.float64)
+        elif right is not None:
+            y = (y.swapaxes(0, 1) @ right.astype(np.float64)).swapaxes(0, 1)
         if left is not None:
-            y = left.T @ y
+            y = left.T.astype(np.float64) @ y
         return y.reshape(x.shape)
 
 
-def _inverse_transposed(factor: Array | None) -> _Matrix | None:
-    return None if factor is None else np.linalg.inv(factor.astype(np.float64)).swapaxes(-1, -2)
+def _inverse(factor: Array | None) -> _Matrix | None:
+    return None if factor is None else np.linalg.inv(factor.astype(np.float64))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,6 +213,13 @@ class LayerTransforms:
     value: Transform
     clips: dict[Site, float] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for site in ("key", "value"):
+            if getattr(self, site).scale is not None or getattr(self, site).left is not None:
+                raise ValueError(f"the transform at the site {site} maps each head alone: it has only a right factor")
+        if self.attn_out.scale is not None:
+            raise ValueError("the transform at the site attn_out has no channel scale: nothing could take it up")
+
     def __getitem__(self, site: Site) -> Transform:
         transform: Transform = getattr(self, site)
         return transform
@@ -170,3 +241,23 @@ class Transforms:
 
     layers: tuple[LayerTransforms, ...]
     residual: Array | None = None
+
+    def __post_init__(self) -> None:
+        if self.residual is None:
+            return
+        R = np.ascontiguousarray(self.residual, np.float32)
+        object.__setattr__(self, "residual", R)
+        if R.ndim != 2 or R.shape[0] != R.shape[1]:
+            raise ValueError(f"a residual map is a square matrix, and this has the shape {R.shape}")
+        off = float(np.abs(R.T @ R - np.eye(len(R), dtype=np.float32)).max())
+        if not off <= _ORTHOGONAL:
+            raise ValueError(f"a residual map is orthogonal, and R^T R of this one is {off:.2g} from the identity")
+
+    def clip(self, module: str) -> float:
+        """Return the activation clip of a linear, such as model.layers.3.self_attn.q_proj; 1 outside of the blocks."""
+        match, site = _MODULE.fullmatch(module), site_of(module)
+        return self.layers[int(match[1])].clip(site) if match and site else 1.0
+
+    def first(self, layers: int) -> "Transforms":
+        """Return the transforms of the first `layers` decoder blocks."""
+        return dataclasses.replace(self, layers=self.layers[:layers])

@@ -5,6 +5,7 @@ from planish.plugins.ops.attend import attend
 from planish.plugins.ops.matmul import matmul
 from planish.plugins.ops.op import DOMAIN, OPSET, Op
 from planish.plugins.ops.quantize_activation import quantize_activation
+from planish.plugins.ops.transform import transform
 from planish.plugins.ops.unpack import unpack
 from planish.plugins.ops.weight_only_matmul import weight_only_matmul
 
@@ -16,6 +17,7 @@ __all__ = [
     "attend",
     "matmul",
     "quantize_activation",
+    "transform",
     "unpack",
     "weight_only_matmul",
 ]

@@ -22,6 +22,7 @@ def lower_to_tensorrt(model: ir.Model, max_context: int) -> ir.Model:
         LowerLinearsToTensorrtPass(),
         LowerKvCacheToTensorrtPass(max_context),
         LowerDefaultsToTensorrtPass(),
+        common.InlinePass(),  # the online transforms: their bodies are what TensorRT runs
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),

@@ -10,6 +10,7 @@ __all__ = [
     "AccuracyError",
     "BundleCorruptError",
     "BundleFormatError",
+    "CalibrationError",
     "CheckpointError",
     "DiskFullError",
     "EngineBuildError",
@@ -114,3 +115,9 @@ class EngineMismatchError(PlanishError):
     """An engine was built for another GPU, TensorRT version or CUDA version than the one at hand."""
 
     exit_code = 22
+
+
+class CalibrationError(PlanishError):
+    """The calibration text cannot be used (missing, too short, of another language), or the model overflows on it."""
+
+    exit_code = 24

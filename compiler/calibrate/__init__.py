@@ -1,0 +1,1 @@
+"""Calibration: text for the model to read, and statistics of what flows through it meanwhile."""

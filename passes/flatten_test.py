@@ -11,6 +11,7 @@ import torch
 
 from planish.compiler.backends.ort import lower_to_ort
 from planish.compiler.backends.tensorrt.lowering import lower_to_tensorrt
+from planish.compiler.backends.tensorrt.preflight import refused_nodes
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.export.float_model import float_model, save_model
 from planish.compiler.quantize.arithmetic import quantize_weight
@@ -141,3 +142,14 @@ def test_quantised_and_lowered(variant: str, tmp_path: Path) -> None:
     # Among themselves they round the same numbers, but for ties; float16 is what TensorRT computes in.
     assert range_error(integers, portable) < 1e-2
     assert range_error(tensorrt, portable) < 5e-2
+
+
+@pytest.mark.trt
+def test_tensorrt_parses_it(tmp_path: Path) -> None:
+    import tensorrt_rtx as trt
+
+    path = save_model(lower_to_tensorrt(quantized("gqa")[1], 16), tmp_path)
+    logger = trt.Logger(trt.Logger.ERROR)
+    network = trt.Builder(logger).create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(path)), refused_nodes(parser)

@@ -27,16 +27,16 @@ class FoldNormGainPass(ir.passes.InPlacePass):
             GraphError: if the embeddings are tied, or something other than linears reads a norm.
         """
         blocks = Blocks(model.graph)
-        modified = False
+        # First, because it is what a tied model fails at, and nothing is folded yet then.
+        node, gain = blocks.norm("model.norm")
+        _refuse_others(node, {blocks.node("logits")})
+        modified = _fold(gain, [blocks.head()], axis=1)
         for layer in range(blocks.layers):
             for norm, site in _NORMS.items():
                 node, gain = blocks.norm(f"model.layers.{layer}.{norm}")
                 readers = blocks.readers(layer, site)
                 _refuse_others(node, {reader.node for reader in readers})
                 modified |= _fold(gain, [reader.weight for reader in readers], axis=0)
-        node, gain = blocks.norm("model.norm")
-        _refuse_others(node, {blocks.node("logits")})
-        modified |= _fold(gain, [blocks.head()], axis=1)
         return ir.passes.PassResult(model, modified)
 
 

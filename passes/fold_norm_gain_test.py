@@ -39,7 +39,10 @@ def test_gains_are_one_and_in_the_weights() -> None:
 
 def test_a_tied_model_is_refused() -> None:
     with pytest.raises(GraphError, match=r"embed_tokens.*UntieEmbeddingsPass"):
-        FoldNormGainPass()(graph_of("tied"))
+        FoldNormGainPass()(model := graph_of("tied"))
+    weights = weights_of("tied")[1]
+    for name in ("model.norm.weight", "model.layers.0.input_layernorm.weight"):
+        np.testing.assert_array_equal(initializer(model, name), weights[name])
 
 
 def test_other_readers_of_a_norm_are_refused() -> None:

@@ -25,6 +25,7 @@ _INPUT = {"Right": "float [k, k]", "Rows": "float [m, k, k], one matrix per row"
 #: The shape in which x is read.
 _SHAPE = {
     "Right": """
+        keep = Constant <value_ints = [0, 0]> ()
         k = Shape <start = 1, end = 2> (right)
         grid = Concat <axis = 0> (keep, rest, k)
     """,
@@ -33,6 +34,7 @@ _SHAPE = {
         grid = Concat <axis = 0> (rest, m_and_k)
     """,
     "": """
+        keep = Constant <value_ints = [0, 0]> ()
         m = Shape <start = 0, end = 1> (left)
         grid = Concat <axis = 0> (keep, m, rest)
     """,
@@ -79,7 +81,6 @@ def transform(right: Right, left: bool) -> Op:
         outputs={"y": "float [batch, sequence, n]"},
         attributes={},
         body=f"""
-        keep = Constant <value_ints = [0, 0]> ()
         rest = Constant <value_ints = [-1]> ()
         {_SHAPE[right]}
         x_grid = Reshape (x, grid)

@@ -18,6 +18,7 @@ __all__ = [
     "QuantizedWeight",
     "dequantize_kv",
     "dequantize_weight",
+    "fit_scale",
     "integer_matmul",
     "low_bit_linear",
     "low_bit_product",
@@ -67,6 +68,13 @@ def quantize_weight(weight: Tensor, form: LinearFormat) -> QuantizedWeight:
     codes = torch.cat([part for part, _ in parts]).reshape(rows, -1)[:, :k]
     scale = torch.cat([part for _, part in parts]).reshape(rows, -1).T
     return QuantizedWeight(codes.contiguous(), scale.contiguous(), form.weight_bits, group)
+
+
+def fit_scale(rows: Tensor, form: LinearFormat) -> Tensor:
+    """Return the scale of least squared error of every row, float32 [rows, 1], as `quantize_weight` finds it."""
+    step = max(1, _CHUNK // rows.shape[1])
+    fitted = [_fit_rows(part, form.weight_bits, form.group is not None)[1] for part in torch.split(rows, step)]
+    return torch.cat(fitted)[:, None]
 
 
 def _fit_rows(rows: Tensor, bits: int, half: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,138 @@
+"""One decoder block in PyTorch, with a hook at every place where a transform or a quantiser may stand."""
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from planish.compiler.checkpoint import Checkpoint
+from planish.compiler.checkpoint.config import LlamaConfig
+from planish.passes.transforms import Site
+
+__all__ = ["MODULES", "SITE_MODULES", "Angles", "Block", "FloatHooks", "Hooks", "read_block", "run_block"]
+
+#: Site -> the linears that read it, by their names within a block.
+SITE_MODULES: dict[Site, tuple[str, ...]] = {
+    "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn_out": ("self_attn.o_proj",),
+    "ffn_in": ("mlp.gate_proj", "mlp.up_proj"),
+    "ffn_out": ("mlp.down_proj",),
+}
+MODULES = tuple(module for modules in SITE_MODULES.values() for module in modules)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """The weights of one decoder block.
+
+    Attributes:
+        config: of the model.
+        tensors: float32 by name within the block, such as self_attn.q_proj.weight, [out, in].
+    """
+
+    config: LlamaConfig
+    tensors: dict[str, Tensor]
+
+    def weight(self, module: str) -> Tensor:
+        """Return a linear's weight, [out, in]."""
+        return self.tensors[f"{module}.weight"]
+
+    def to(self, device: torch.device) -> "Block":
+        """Return the block on `device`."""
+        return Block(self.config, {name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+
+def read_block(checkpoint: Checkpoint, layer: int) -> Block:
+    """Read block `layer` of a checkpoint."""
+    prefix = f"model.layers.{layer}."
+    names = [name for name in checkpoint.names() if name.startswith(prefix)]
+    tensors = {
+        name.removeprefix(prefix): torch.from_numpy(checkpoint.tensor(name).astype(np.float32)) for name in names
+    }
+    return Block(checkpoint.config, tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Angles:
+    """Rotary angles of positions 0, 1, ...: cos and sin, float32 [seq, head_dim / 2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, config: LlamaConfig, length: int, device: torch.device | None = None) -> "Angles":
+        """Return the angles of the first `length` positions."""
+        angles = torch.arange(length)[:, None].float() * torch.from_numpy(config.inv_freq())
+        return cls(angles.cos().to(device), angles.sin().to(device))
+
+
+class Hooks(Protocol):
+    """What stands between the parts of a block. Heads come as [batch, heads, seq, head_dim]."""
+
+    def site(self, site: Site, x: Tensor) -> Tensor:
+        """Return what the linears of `site` read instead of `x` [batch, seq, n]."""
+
+    def linear(self, module: str, x: Tensor) -> Tensor:
+        """Return the output of a linear, bias included."""
+
+    def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what attention computes with instead of queries and keys after RoPE, and values."""
+
+    def gain(self, norm: str) -> Tensor:
+        """Return the gain of a norm."""
+
+
+class FloatHooks:
+    """The block as the checkpoint has it."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+
+    def site(self, site: Site, x: Tensor) -> Tensor:
+        """Return `x`."""
+        return x
+
+    def linear(self, module: str, x: Tensor) -> Tensor:
+        """Return the output of a linear, bias included."""
+        return torch.nn.functional.linear(x, self._block.weight(module), self._block.tensors.get(f"{module}.bias"))
+
+    def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the arguments."""
+        return query, key, value
+
+    def gain(self, norm: str) -> Tensor:
+        """Return the gain of a norm."""
+        return self._block.weight(norm)
+
+
+def run_block(config: LlamaConfig, hooks: Hooks, x: Tensor, angles: Angles) -> Tensor:
+    """Return the output of a block, float32 like `x` [batch, seq, hidden], without padding or cache."""
+    h = _norm(x, hooks.gain("input_layernorm"), config.rms_norm_eps)
+    h = hooks.site("attn_in", h)
+    query, key, value = (
+        hooks.linear(module, h).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+        for module in SITE_MODULES["attn_in"]
+    )
+    query, key, value = hooks.heads(_rotate(query, angles), _rotate(key, angles), value)
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=config.groups > 1
+    )
+    h = hooks.site("attn_out", attended.transpose(1, 2).flatten(2))
+    x = x + hooks.linear("self_attn.o_proj", h)
+    h = _norm(x, hooks.gain("post_attention_layernorm"), config.rms_norm_eps)
+    h = hooks.site("ffn_in", h)
+    hidden = torch.nn.functional.silu(hooks.linear("mlp.gate_proj", h)) * hooks.linear("mlp.up_proj", h)
+    return x + hooks.linear("mlp.down_proj", hooks.site("ffn_out", hidden))
+
+
+def _norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    return gain * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon))
+
+
+def _rotate(x: Tensor, angles: Angles) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat(
+        [first * angles.cos - second * angles.sin, second * angles.cos + first * angles.sin], -1
+    )

@@ -19,8 +19,10 @@ __all__ = [
     "NonFiniteWeightError",
     "NotPlanishModelError",
     "OutputFolderError",
+    "PlanError",
     "PlanishError",
     "RecipeError",
+    "SelectionError",
     "TextError",
     "TokenizerError",
     "UnsupportedModelError",
@@ -121,3 +123,15 @@ class CalibrationError(PlanishError):
     """The calibration text cannot be used (missing, too short, of another language), or the model overflows on it."""
 
     exit_code = 24
+
+
+class SelectionError(PlanishError):
+    """A selection policy that cannot be read, or one that no choice of transforms fulfils."""
+
+    exit_code = 25
+
+
+class PlanError(PlanishError):
+    """A plan is unreadable, contradicts itself, or belongs to another model."""
+
+    exit_code = 26

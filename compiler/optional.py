@@ -15,6 +15,7 @@ EXTRA_OF = {
     "tensorrt": "tensorrt",
     "onnx_graphsurgeon": "tensorrt",
     "polygraphy": "rtx",
+    "pyarrow": "datasets",
     "lm_eval": "eval",
     "matplotlib": "report",
     "ray": "distributed",
@@ -22,17 +23,18 @@ EXTRA_OF = {
 
 
 def require(name: str) -> ModuleType:
-    """Return the module called `name`.
+    """Return the module called `name`, which may be part of a package: `pyarrow.parquet`.
 
     Raises:
         MissingExtraError: if it is not installed; the message names the extra to install.
     """
+    package = name.partition(".")[0]
     try:
+        importlib.import_module(package)
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name.partition(".")[0]:
+        if error.name != package:
             raise
-        extra = EXTRA_OF[name.partition(".")[0]]
         raise MissingExtraError(
-            f"The package '{name}' is not installed. Install it with: pip install 'planish[{extra}]'"
+            f"The package '{package}' is not installed. Install it with: pip install 'planish[{EXTRA_OF[package]}]'"
         ) from error

@@ -8,10 +8,10 @@ optional package, where the library `datasets` needs pyarrow, pandas and a dozen
 import dataclasses
 import re
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
-from planish.compiler.errors import CalibrationError, MissingExtraError
+from planish.compiler.errors import CalibrationError
+from planish.compiler.optional import require
 from planish.compiler.progress import Progress
 
 __all__ = ["hub_text", "is_hub_name"]
@@ -53,7 +53,7 @@ def hub_text(name: str, characters: int, progress: Progress) -> str:
     found = _NAME.fullmatch(name)
     assert found is not None, name  # CalibrationSettings checked it
     chosen = _choose(_list(found["repository"]), name, found["config"], found["split"])
-    parquet = _parquet_reader()
+    parquet = require("pyarrow.parquet")
     progress.say(f"calibration text: {found['repository']}, config {chosen.config}, split {chosen.split}")
     path = _download(found["repository"], chosen.path)
     with parquet.ParquetFile(path) as file:
@@ -67,17 +67,6 @@ def hub_text(name: str, characters: int, progress: Progress) -> str:
     if not text:
         raise CalibrationError(f"The data set {name} holds no text. Choose another, or give a .jsonl file.")
     return text
-
-
-def _parquet_reader() -> ModuleType:
-    try:
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            "Reading a data set of the Hub needs the package 'pyarrow', which is not installed. "
-            "Install it with: pip install 'planish[datasets]', or give a .jsonl or .txt file."
-        ) from error
-    return cast(ModuleType, parquet)
 
 
 def _list(repository: str) -> list[_Parquet]:

@@ -105,7 +105,7 @@ def test_pyarrow_is_missing(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (hub / "a" / "train").mkdir(parents=True)
     (hub / "a" / "train" / "0000.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'planish\[datasets\]', or give a .jsonl"):
+    with pytest.raises(MissingExtraError, match=r"'pyarrow' is not installed.*pip install 'planish\[datasets\]'"):
         hub_text("org/texts", 100, Silent())
 
 

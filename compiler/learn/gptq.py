@@ -82,6 +82,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     if not hessian.isfinite().all():
         raise ValueError("the Hessian holds NaN or infinity")
     level = hessian.diagonal().mean().clamp_min(1e-30)
-    damped = hessian / level + _DAMPING * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    # Decomposed from the last column to the first, the Hessian is R R^T with R upper; then R^-1 is the factor sought.
+    reversed_lower = torch.linalg.cholesky((hessian / level + _DAMPING * eye).flip(0, 1))
+    return torch.linalg.solve_triangular(reversed_lower.flip(0, 1), eye, upper=True)

@@ -1,0 +1,86 @@
+"""A decoder block on the grids of a scheme, computed in floating point: what the compiled model will compute."""
+
+import torch
+from torch import Tensor
+
+from planish.compiler.learn.block import Block
+from planish.compiler.learn.factors import Factors
+from planish.compiler.quantize.arithmetic import dequantize_kv, quantize_kv
+from planish.passes.scheme import FLOAT_BITS, Scheme
+from planish.passes.transforms import Site
+from planish.plugins.ops.quantize_activation import SMALLEST_SCALE
+
+__all__ = ["LowBitHooks", "Reached", "round_activation"]
+
+
+class Reached(Exception):  # noqa: N818 - it ends a run early and is no error
+    """The site that a run was to stop at was reached; holds what came there, transformed and not yet rounded."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
+def round_activation(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
+    """Return `x` [..., n] on the grid of `quantize_activation`; see there."""
+    if bits == FLOAT_BITS:
+        return x
+    zero = 1 << (bits - 1)
+    scale = (x.abs().amax(-1, keepdim=True) * (clip / (zero - 1))).clamp_min(SMALLEST_SCALE)
+    return (x / scale).round_().clamp_(-zero, zero - 1) * scale
+
+
+class LowBitHooks:
+    """Hooks that put transforms and grids into a folded block.
+
+    Attributes:
+        weights: float32 [out, in] by module, on their grids, for the modules rounded so far.
+        clips: by site, for the sites done so far.
+        stop: the site to raise `Reached` at, if any.
+    """
+
+    def __init__(self, folded: Block, factors: dict[Site, Factors], scheme: Scheme) -> None:
+        """Take the block as `fold_block` returns it, and the factors it was folded with."""
+        self.weights: dict[str, Tensor] = {}
+        self.clips: dict[Site, float] = {}
+        self.stop: Site | None = None
+        self._folded = folded
+        self._online = {site: Factors(each.kind, None, each.right, each.left) for site, each in factors.items()}
+        self._scheme = scheme
+        key = self._online["key"].right
+        self._key_map = None if key is None else key.expand(folded.config.num_key_value_heads, -1, -1)
+
+    def gain(self, norm: str) -> Tensor:
+        """Return the folded gain."""
+        return self._folded.weight(norm)
+
+    def transform(self, site: Site, x: Tensor) -> Tensor:
+        """Return what runs online at `site`."""
+        return self._online[site].apply(x)
+
+    def site(self, site: Site, x: Tensor) -> Tensor:
+        """Return the transformed input on its grid.
+
+        Raises:
+            Reached: at the site to stop at.
+        """
+        x = self.transform(site, x)
+        if self.stop == site:
+            raise Reached(x)
+        return round_activation(x, self._scheme.linear.activation_bits, self.clips.get(site, 1.0))
+
+    def linear(self, module: str, x: Tensor) -> Tensor:
+        """Return the output of a rounded linear, bias included."""
+        return torch.nn.functional.linear(x, self.weights[module], self._folded.tensors.get(f"{module}.bias"))
+
+    def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, and keys and values as the cache gives them back."""
+        if self._key_map is not None:
+            groups = self._folded.config.groups
+            query = query @ torch.linalg.inv(self._key_map).mT.repeat_interleave(groups, 0)
+            key = key @ self._key_map
+        return query, _cached(key, self._scheme.key_bits), _cached(value, self._scheme.value_bits)
+
+
+def _cached(x: Tensor, bits: int) -> Tensor:
+    return x if bits == FLOAT_BITS else dequantize_kv(*quantize_kv(x, bits))

@@ -7,17 +7,23 @@ from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.export.decoder import build_decoder
 from planish.compiler.export.streaming import CheckpointTensor
 from planish.passes.codes import CodesSource
+from planish.passes.flatten import flatten_passes
 from planish.passes.merge_linears import MergeLinearsPass
 from planish.passes.quantize_kv_cache import QuantizeKvCachePass
 from planish.passes.quantize_linears import QuantizeLinearsPass
 from planish.passes.scheme import Scheme
 from planish.passes.sequence import run_passes
+from planish.passes.transforms import Transforms
 
 __all__ = ["portable_model"]
 
 
-def portable_model(checkpoint: Checkpoint, scheme: Scheme, codes: CodesSource) -> tuple[ir.Model, list[str]]:
+def portable_model(
+    checkpoint: Checkpoint, scheme: Scheme, codes: CodesSource, transforms: Transforms | None = None
+) -> tuple[ir.Model, list[str]]:
     """Return the low-bit model, weights still on disk, and the names of the linears left in floating point.
+
+    With `transforms`, the float graph is flattened first; codes are then those of the flattened weights.
 
     Embeddings are stored as float16 once anything is quantised: their rounding is far below that of the codes.
     """
@@ -27,6 +33,12 @@ def portable_model(checkpoint: Checkpoint, scheme: Scheme, codes: CodesSource) -
         dtype = table if name == "model.embed_tokens.weight" else ir.DataType.FLOAT
         return CheckpointTensor(checkpoint, name, dtype, transpose=transpose)
 
-    quantize_linears = QuantizeLinearsPass(scheme, codes)
-    passes = [MergeLinearsPass(), quantize_linears, QuantizeKvCachePass(scheme), common.RemoveUnusedNodesPass()]
+    quantize_linears = QuantizeLinearsPass(scheme, codes, *([] if transforms is None else [transforms.clip]))
+    passes = [
+        *([] if transforms is None else flatten_passes(transforms)),
+        MergeLinearsPass(),
+        quantize_linears,
+        QuantizeKvCachePass(scheme),
+        common.RemoveUnusedNodesPass(),
+    ]
     return run_passes(build_decoder(checkpoint.config, weight), passes), quantize_linears.left_float

@@ -3,7 +3,7 @@
 A file is written whole or not at all, so a run that was killed resumes behind the last finished block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -57,24 +57,32 @@ class CodesOnDisk:
         return QuantizedWeight(codes, scale, form.weight_bits, form.group or k)
 
     def write(self, part: str, modules: list[str]) -> None:
-        """Quantise `modules` and write them into the file of `part`, unless that file is there already."""
-        path = self._folder / f"{part}.safetensors"
-        if path.exists():
+        """Round `modules` to nearest and write them into the file of `part`, unless that file is there already."""
+        if self._path(part).exists():
             return
-        tensors = {}
+        quantized = {}
         for module in modules:
-            form = self.format(module)
             weight = self._checkpoint.tensor(self._weight_name(module)).astype(np.float32)
-            quantized = quantize_weight(torch.from_numpy(weight), form)
-            tensors[f"{module}.codes"] = pack(quantized.codes.numpy(), form.weight_bits)
-            scale_type = np.float32 if form.group is None else np.float16
-            tensors[f"{module}.scale"] = np.ascontiguousarray(quantized.scale.numpy().astype(scale_type))
+            quantized[module] = quantize_weight(torch.from_numpy(weight), self.format(module))
+        self.keep(part, quantized)
+
+    def keep(self, part: str, quantized: Mapping[str, QuantizedWeight]) -> None:
+        """Write the codes of the modules of `part`, whole or not at all."""
+        tensors = {}
+        for module, each in quantized.items():
+            scale_type = np.float32 if self.format(module).group is None else np.float16
+            tensors[f"{module}.codes"] = pack(each.codes.cpu().numpy(), each.bits)
+            tensors[f"{module}.scale"] = np.ascontiguousarray(each.scale.cpu().numpy().astype(scale_type))
+        path = self._path(part)
         unfinished = path.with_suffix(".part")
         save_file(tensors, unfinished)
         unfinished.rename(path)
 
+    def _path(self, part: str) -> Path:
+        return self._folder / f"{part}.safetensors"
+
     def _file(self, module: str) -> Path:
-        return self._folder / f"{_part_of(module)}.safetensors"
+        return self._path(_part_of(module))
 
     def _weight_name(self, module: str) -> str:
         if module == LM_HEAD and self._checkpoint.config.tie_word_embeddings:

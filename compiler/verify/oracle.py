@@ -6,7 +6,7 @@ would do), and is written to be read: the compiled model is right where the two 
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.config import LlamaConfig
+from planish.compiler.learn.factors import Factors
 from planish.compiler.quantize.arithmetic import (
     QuantizedWeight,
     dequantize_kv,
@@ -24,6 +25,7 @@ from planish.compiler.quantize.arithmetic import (
 )
 from planish.passes.quantize_linears import LM_HEAD
 from planish.passes.scheme import FLOAT_BITS, LinearFormat, Scheme
+from planish.passes.transforms import Site, Transform, Transforms
 
 __all__ = ["Batch", "Follow", "Oracle"]
 
@@ -59,16 +61,23 @@ class Oracle:
     """A LlamaForCausalLM in the arithmetic of `scheme`.
 
     Args:
-        checkpoint: gives what stays in floating point.
+        checkpoint: gives what stays in floating point; with `transforms`, folded with them.
         scheme: gives the formats.
         codes: gives the codes of quantised linears; not called for a float scheme.
         follow: another run whose roundings to follow.
+        transforms: what runs online, and the clips.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, scheme: Scheme, codes: WeightCodes, follow: Follow | None = None
+        self,
+        checkpoint: Checkpoint,
+        scheme: Scheme,
+        codes: WeightCodes,
+        follow: Follow | None = None,
+        transforms: Transforms | None = None,
     ) -> None:
         self.config: LlamaConfig = checkpoint.config
+        self._transforms = transforms
         self.scheme = scheme
         self._checkpoint = checkpoint
         self._codes = codes
@@ -128,13 +137,23 @@ class Oracle:
             y.reshape(*y.shape[:2], -1, config.head_dim).transpose(1, 2)
             for y in self._linears(h, f"{layer}.attn_in", modules)
         )
-        keys = self._cached(f"{layer}.key", _rotate(key, batch), self.scheme.key_bits)
+        query, key = self._map_keys(i, _rotate(query, batch), _rotate(key, batch))
+        keys = self._cached(f"{layer}.key", key, self.scheme.key_bits)
         values = self._cached(f"{layer}.value", value, self.scheme.value_bits)
         keys, values = (t.repeat_interleave(config.groups, 1) for t in (keys, values))
-        scores = _rotate(query, batch) @ keys.transpose(2, 3) * config.head_dim**-0.5 + batch.mask
+        scores = query @ keys.transpose(2, 3) * config.head_dim**-0.5 + batch.mask
         attended = scores.softmax(-1) @ values
         (y,) = self._linears(attended.transpose(1, 2).flatten(2), f"{layer}.attn_out", [f"{layer}.self_attn.o_proj"])
         return y
+
+    def _map_keys(self, i: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys times the key map of their head, and queries times the transpose of its inverse."""
+        right = None if self._transforms is None else self._transforms.layers[i].key.right
+        if right is None:
+            return query, key
+        per_head = torch.from_numpy(right).expand(self.config.num_key_value_heads, -1, -1)
+        inverse = torch.linalg.inv(per_head.double()).mT.float().repeat_interleave(self.config.groups, 0)
+        return query @ inverse, key @ per_head
 
     def _cached(self, name: str, x: Tensor, bits: int) -> Tensor:
         """Return keys or values as attention reads them back from the cache."""
@@ -146,7 +165,9 @@ class Oracle:
         return dequantize_kv(codes, stored)
 
     def _linears(self, x: Tensor, site: str, modules: list[str]) -> list[Tensor]:
-        """Return the outputs of the linears that read `x`, which is quantised once, at `site`."""
+        """Return the outputs of the linears that read `x`, which is transformed and quantised once, at `site`."""
+        if self._transforms is not None:
+            x = Factors.of(_transform_at(self._transforms, site).without_scale()).apply(x)
         if self.scheme.linear.is_float:
             outputs = [x @ self._tensor(f"{module}.weight").T for module in modules]
         else:
@@ -159,7 +180,8 @@ class Oracle:
     def _low_bit(self, x: Tensor, site: str, modules: list[str], form: LinearFormat) -> list[Tensor]:
         if form.weight_only:
             return [low_bit_linear(x, self._codes(module), form) for module in modules]
-        codes, scale = quantize_activation(x, form.activation_bits, form.clip)
+        clip = form.clip if self._transforms is None else form.clip * self._transforms.clip(modules[0])
+        codes, scale = quantize_activation(x, form.activation_bits, clip)
         if self._follow:
             codes = self._follow.activation(site, x / scale, codes)
         return [low_bit_product(codes, scale, self._codes(module), form.activation_bits) for module in modules]
@@ -174,6 +196,12 @@ class Oracle:
 
     def _tensor(self, name: str) -> Tensor:
         return torch.from_numpy(self._checkpoint.tensor(name).astype(np.float32))
+
+
+def _transform_at(transforms: Transforms, site: str) -> Transform:
+    """Return the transform at a site spelled model.layers.3.attn_in."""
+    *_, layer, name = site.split(".")
+    return transforms.layers[int(layer)][cast(Site, name)]
 
 
 def _rotate(x: Tensor, batch: Batch) -> Tensor:

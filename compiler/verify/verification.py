@@ -17,6 +17,7 @@ from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.runtime.session import Session
 from planish.compiler.verify.oracle import Oracle
 from planish.passes.scheme import FLOAT_BITS, Scheme
+from planish.passes.transforms import Transforms
 from planish.plugins.packing import unpack
 
 __all__ = ["Verification", "verify"]
@@ -71,9 +72,14 @@ class Verification:
 
 
 def verify(
-    checkpoint: Checkpoint, scheme: Scheme, codes: CodesOnDisk, model: Path, token_ids: list[int]
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    codes: CodesOnDisk,
+    model: Path,
+    token_ids: list[int],
+    transforms: Transforms | None = None,
 ) -> Verification:
-    """Compare `model` with the oracle of the same scheme on `token_ids`.
+    """Compare `model` with the oracle of the same scheme, and of the same transforms, on `token_ids`.
 
     Raises:
         AccuracyError: naming the site or layer that drifts first.
@@ -82,7 +88,7 @@ def verify(
     follow = _Following(run, scheme)
     ids = torch.tensor([token_ids])
     with torch.inference_mode():
-        oracle = Oracle(checkpoint, scheme, codes.quantized, follow)
+        oracle = Oracle(checkpoint, scheme, codes.quantized, follow, transforms)
         batch, x, layer_error = oracle.batch(ids), oracle.embed(ids), 0.0
         for i in range(checkpoint.config.num_hidden_layers):
             x = oracle.layer(i, x, batch)
@@ -95,7 +101,7 @@ def verify(
                     "please report it with the recipe."
                 )
         logits = oracle.head(x).numpy()
-        unfollowed = Oracle(checkpoint, scheme, codes.quantized).logits(ids).numpy()
+        unfollowed = Oracle(checkpoint, scheme, codes.quantized, None, transforms).logits(ids).numpy()
     logits_error = _of_range(run.outputs["logits"], logits)
     if not logits_error <= _LOGITS_TOLERANCE:
         raise AccuracyError(

@@ -1,0 +1,108 @@
+"""Flatten a checkpoint block after block, on disk: a killed run goes on behind the last finished block."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from planish.compiler.checkpoint import Checkpoint
+from planish.compiler.checkpoint.files import write_json
+from planish.compiler.learn.block import Angles, Block, FloatHooks, read_block, run_block
+from planish.compiler.learn.candidates import Form
+from planish.compiler.learn.flatten_block import Flattened, flatten_block
+from planish.compiler.learn.precision import fast_products
+from planish.compiler.learn.stream_files import StreamFiles
+from planish.compiler.quantize.codes import CodesOnDisk
+from planish.compiler.select.plan_file import load_transforms, save_transforms
+from planish.passes.scheme import Scheme
+from planish.passes.transforms import SITES, LayerTransforms, Site, Transforms
+
+__all__ = ["flatten_checkpoint", "held_out_sequences", "read_evidence"]
+
+_EVIDENCE = "evidence.json"
+
+
+def held_out_sequences(sequences: int) -> int:
+    """Return how many of the calibration sequences nothing is fitted to: an eighth, and one at least.
+
+    A single sequence is fitted to and measured on; there is no other.
+    """
+    return 0 if sequences == 1 else max(1, sequences // 8)
+
+
+@torch.no_grad()
+def flatten_checkpoint(
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    forms: Sequence[dict[Site, Form]],
+    token_ids: npt.NDArray[np.int64],
+    folder: Path,
+    codes: CodesOnDisk,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Transforms:
+    """Flatten every block, write its codes to `codes`, and return the transforms.
+
+    Args:
+        checkpoint: the float model.
+        scheme: with low-bit linears.
+        forms: of the transform at every site, by block.
+        token_ids: calibration sequences, int64 [sequences, seq].
+        folder: to work in.
+        codes: where codes go.
+        seed: of the rotations' signs.
+        progress: (blocks done, blocks in all).
+
+    Raises:
+        CalibrationError: if a block's activations are not finite.
+    """
+    config, count = checkpoint.config, checkpoint.config.num_hidden_layers
+    files = StreamFiles(folder, held_out_sequences(len(token_ids)))
+    if files.newest() is None:
+        table = torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight").astype(np.float32))
+        files.begin(token_ids, lambda ids: table.half().float()[ids])
+    angles = Angles.of(config, token_ids.shape[1])
+    with fast_products():
+        for layer in range(files.newest() or 0, count):
+            block, streams = read_block(checkpoint, layer), files.open(layer)
+            outputs = torch.cat([run_block(config, FloatHooks(block), x, angles) for x in streams.target.split(4)])
+            flattened = flatten_block(block, streams, outputs, scheme, forms[layer], seed + layer)
+            _keep(folder / f"layer-{layer}", layer, block, flattened, codes)
+
+            def seen(x: Tensor, flattened: Flattened = flattened) -> Tensor:
+                return run_block(config, flattened.hooks, x, angles)
+
+            files.advance(layer, outputs, seen)
+            if progress:
+                progress(layer + 1, count)
+    one = config.with_num_layers(1)
+    return Transforms(tuple(load_transforms(folder / f"layer-{i}", one).layers[0] for i in range(count)))
+
+
+def read_evidence(folder: Path, layers: int) -> list[dict[str, Any]]:
+    """Return what was measured at every block, as `flatten_block` gives it."""
+    return [json.loads((folder / f"layer-{i}" / _EVIDENCE).read_text(encoding="utf-8")) for i in range(layers)]
+
+
+def _keep(folder: Path, layer: int, block: Block, flattened: Flattened, codes: CodesOnDisk) -> None:
+    part = f"model.layers.{layer}"
+    codes.keep(part, {f"{part}.{module}": each for module, each in flattened.codes.items()})
+    folder.mkdir(exist_ok=True)
+    config = block.config
+    widths: dict[Site, int] = {
+        "attn_in": config.hidden_size,
+        "attn_out": config.q_size,
+        "ffn_in": config.hidden_size,
+        "ffn_out": config.intermediate_size,
+        "key": config.kv_size,
+        "value": config.kv_size,
+    }
+    stored = {site: flattened.factors[site].stored(widths[site]) for site in SITES}
+    save_transforms(Transforms((LayerTransforms(**stored, clips=flattened.clips),)), folder)
+    write_json(folder / _EVIDENCE, flattened.evidence)

@@ -86,6 +86,8 @@ class Session:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
+        # ONNX Runtime would plan the memory anew for every length of the cache, and keep all the plans.
+        options.enable_mem_pattern = False
         if not PRODUCTS_WITHOUT_SATURATION & set(cpu_flags()):
             # Products of unsigned by signed 8-bit codes saturate then, unless a slower kernel is asked for.
             options.add_session_config_entry("session.x64quantprecision", "1")

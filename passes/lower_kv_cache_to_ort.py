@@ -5,7 +5,15 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from planish.passes.attend_in_ort import Cache, Heads, QueryBlocks, decode_branch, prefill_branch, query_blocks
+from planish.passes.attend_in_ort import (
+    ORT_DOMAIN,
+    Cache,
+    Heads,
+    QueryBlocks,
+    decode_branch,
+    prefill_branch,
+    query_blocks,
+)
 from planish.passes.builder import Builder, dim, replace_nodes
 from planish.plugins.ops import DOMAIN
 from planish.plugins.ops.append_kv import SMALLEST_KV_SCALE
@@ -18,8 +26,9 @@ class LowerKvCacheToOrtPass(ir.passes.InPlacePass):
     """Replaces PlanishAppendKv* and PlanishAttend* by standard ops.
 
     Keys and values go through one quantiser. Their scales share one input and one output a layer, `....scale`,
-    float16 [batch, kv_heads, 4, tokens]: key scale, key zero, value scale, value zero, so that a row can be
-    applied to the scores as it is. Attention has two forms, picked at run time; see `planish.passes.attend_in_ort`.
+    float16 [batch, 4 * kv_heads, 1, tokens]: key scales, value scales, key zeros, value zeros, so that they can be
+    applied to the scores as they are. Attention has two forms, picked at run time; see
+    `planish.passes.attend_in_ort`.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -40,6 +49,7 @@ class LowerKvCacheToOrtPass(ir.passes.InPlacePass):
         graph.insert_after(after, build.nodes)
         for node in nodes:
             _lower(graph, node, blocks)
+        graph.opset_imports[ORT_DOMAIN] = 1
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -102,10 +112,10 @@ def _append(build: Builder, name: str, key: _Append, value: _Append, heads: Head
     span = build.op("Sub", [maximum, minimum], f"{name}.span")
     step = build.op("Div", [span, per_bits(largest, np.float32, "levels")], f"{name}.step")
     bounded = build.op("Max", [step, build.floats(SMALLEST_KV_SCALE, f"{name}.smallest")], f"{name}.bounded")
-    pair = build.op("Concat", [bounded, minimum], f"{name}.pair", axis=-1)
+    pair = build.op("Concat", [bounded, minimum], f"{name}.pair", axis=2)
     stored = build.op("Cast", [pair], f"{name}.stored", to=ir.DataType.FLOAT16)
     restored = build.op("Cast", [stored], f"{name}.restored", to=ir.DataType.FLOAT)
-    scale, zero = build.ops("Split", [restored], f"{name}.new_scale", 2, axis=-1, num_outputs=2)
+    scale, zero = build.ops("Split", [restored], f"{name}.new_scale", 2, axis=2, num_outputs=2)
     offset = build.op("Sub", [x, zero], f"{name}.offset")
     clamps = min(bits) < 8
     codes = build.op(
@@ -128,15 +138,13 @@ def _append(build: Builder, name: str, key: _Append, value: _Append, heads: Head
     present_key = build.op("Concat", [past_key, new[0]], f"{name}.present_key", axis=2)
     present_value = build.op("Concat", [past_value, new[1]], f"{name}.present_value", axis=2)
 
-    by_role = build.op("Reshape", [stored, build.ints([0, 0, 2, kv, 2], f"{name}.roles")], f"{name}.by_role")
-    rows = build.op("Transpose", [by_role], f"{name}.rows", perm=[0, 3, 2, 4, 1])
-    new_scale = build.op("Reshape", [rows, build.ints([0, kv, 4, -1], f"{name}.four")], f"{name}.scale_rows")
+    new_scale = build.op("Transpose", [stored], f"{name}.scale_rows", perm=[0, 2, 3, 1])
     assert past_key is not None
     assert past_value is not None
     past_scale = ir.Value(
         name=f"{str(past_key.name).removesuffix('.key')}.scale",
         type=ir.TensorType(ir.DataType.FLOAT16),
-        shape=ir.Shape(["batch", kv, 4, "past"]),
+        shape=ir.Shape(["batch", 4 * kv, 1, "past"]),
     )
     present_scale = build.op("Concat", [past_scale, new_scale], f"{name}.present_scale", axis=3)
     return Cache(

@@ -116,12 +116,14 @@ def decode_branch(
     by_group = inner.op("Reshape", [query, shape], f"{name}.query")
     key_bits, value_bits = cache.bits
     softmax_scale = 1 / math.sqrt(heads.head_dim)
-    sum_matrix = build.floats([[softmax_scale]] * heads.head_dim, f"{name}.sum_matrix")
+    sum_matrix = build.initializer(np.full((heads.head_dim, 1), softmax_scale, np.float32), f"{name}.sum_matrix")
     query_sum = inner.op("MatMul", [by_group, sum_matrix], f"{name}.query_sum")
     fields_query = by_group
     if key_bits < 8:  # the field of an 8-bit code is the code
-        key_matrix = build.floats(field_matrix(key_bits, heads.head_dim).T.tolist(), f"{name}.key_matrix")
-        fields_query = inner.op("MatMul", [by_group, key_matrix], f"{name}.fields_query")
+        key_matrix = np.ascontiguousarray(field_matrix(key_bits, heads.head_dim).T, np.float32)
+        fields_query = inner.op(
+            "MatMul", [by_group, build.initializer(key_matrix, f"{name}.key_matrix")], f"{name}.fields_query"
+        )
 
     scales = inner.op("Cast", [cache.present_scale], f"{name}.scales", to=ir.DataType.FLOAT)
     rows = inner.ops("Split", [scales], f"{name}.scale_row", 4, axis=1, num_outputs=4)
@@ -138,8 +140,8 @@ def decode_branch(
     weighted = inner.op("Mul", [shares, value_scale], f"{name}.weighted")
     summed = inner.op("MatMul", [weighted, _fields(build, inner, cache, 1, f"{name}.value")], f"{name}.fields_sum")
     if value_bits < 8:
-        value_matrix = build.floats(field_matrix(value_bits, heads.head_dim).tolist(), f"{name}.value_matrix")
-        summed = inner.op("MatMul", [summed, value_matrix], f"{name}.summed")
+        value_matrix = field_matrix(value_bits, heads.head_dim).astype(np.float32)
+        summed = inner.op("MatMul", [summed, build.initializer(value_matrix, f"{name}.value_matrix")], f"{name}.summed")
     zeros = inner.op("Mul", [shares, value_zero], f"{name}.zeros")
     zero_sum = inner.op("ReduceSum", [zeros, build.ints([-1], f"{name}.last")], f"{name}.zero_sum")
     by_head = inner.op("Add", [summed, zero_sum], f"{name}.by_head")

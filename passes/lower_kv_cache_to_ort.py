@@ -15,6 +15,7 @@ from planish.passes.attend_in_ort import (
     query_blocks,
 )
 from planish.passes.builder import Builder, dim, replace_nodes
+from planish.passes.rotate_in_ort import HeadTables, rotate_heads
 from planish.plugins.ops import DOMAIN
 from planish.plugins.ops.append_kv import SMALLEST_KV_SCALE
 from planish.plugins.ops.pack import pack
@@ -47,8 +48,9 @@ class LowerKvCacheToOrtPass(ir.passes.InPlacePass):
         for value in build.initializers:
             graph.register_initializer(value)
         graph.insert_after(after, build.nodes)
+        tables: HeadTables = {}
         for node in nodes:
-            _lower(graph, node, blocks)
+            _lower(graph, node, blocks, tables)
         graph.opset_imports[ORT_DOMAIN] = 1
         return ir.passes.PassResult(model, modified=True)
 
@@ -73,14 +75,17 @@ class _Append:
         return cls(node, int(node.op_type.removeprefix("PlanishAppendKv")), x)
 
 
-def _lower(graph: ir.Graph, attend: ir.Node, blocks: QueryBlocks) -> None:
+def _lower(graph: ir.Graph, attend: ir.Node, blocks: QueryBlocks, tables: HeadTables) -> None:
     query, key_codes, _, value_codes, _, _ = attend.inputs
     assert query is not None
     key, value = _Append.of(key_codes), _Append.of(value_codes)
     name = str(attend.name).removesuffix(".attended")
     heads = Heads(attend.attributes.get_int("heads"), dim(key.node.inputs[1], 1), attend.attributes.get_int("head_dim"))
     build = Builder()
-    cache = _append(build, f"{name}.kv", key, value, heads)
+    parts, numbers = (query, key.x, value.x), (heads.heads, heads.kv_heads)
+    rotated = rotate_heads(build, f"{name}.rotation", tables, parts, numbers, heads.head_dim)
+    query, x = rotated or (query, _joined(build, f"{name}.kv", key, value, heads))
+    cache = _append(build, f"{name}.kv", key, value, x, heads)
     attended = build.op(
         "If",
         [blocks.decoding],
@@ -93,14 +98,19 @@ def _lower(graph: ir.Graph, attend: ir.Node, blocks: QueryBlocks) -> None:
     graph.remove([key.node, value.node], safe=True)
 
 
-def _append(build: Builder, name: str, key: _Append, value: _Append, heads: Heads) -> Cache:
-    """Quantise and append as PlanishAppendKv does; QuantizeLinear's saturation at 0 is the lower clamp."""
+def _joined(build: Builder, name: str, key: _Append, value: _Append, heads: Heads) -> ir.Value:
+    joined = build.op("Concat", [key.x, value.x], f"{name}.joined", axis=-1)
+    shape = build.ints([0, 0, 2 * heads.kv_heads, heads.head_dim], f"{name}.shape")
+    return build.op("Reshape", [joined, shape], f"{name}.x")
+
+
+def _append(build: Builder, name: str, key: _Append, value: _Append, x: ir.Value, heads: Heads) -> Cache:
+    """Quantise `x`, [batch, sequence, key and value heads, head_dim], and append it as PlanishAppendKv does.
+
+    QuantizeLinear's saturation at 0 is the lower clamp.
+    """
     kv, bits = heads.kv_heads, (key.bits, value.bits)
     past_key, past_value = key.node.inputs[1], value.node.inputs[1]
-    # Heads come first only after quantising: ONNX Runtime's transpose optimiser moves a Transpose through a blocked
-    # QuantizeLinear without moving the block axis of its scale.
-    joined = build.op("Concat", [key.x, value.x], f"{name}.joined", axis=-1)
-    x = build.op("Reshape", [joined, build.ints([0, 0, 2 * kv, heads.head_dim], f"{name}.shape")], f"{name}.x")
 
     def per_bits(values: tuple[int, int], dtype: type[np.generic], suffix: str) -> ir.Value:
         array = np.repeat(np.asarray(values, dtype), kv).reshape(1, 1, 2 * kv, 1)
@@ -157,6 +167,8 @@ def _pack(build: Builder, codes: ir.Value, bits: int, name: str) -> ir.Value:
 
 
 def _heads_first(build: Builder, x: ir.Value, name: str) -> ir.Value:
+    # Not before quantising: ONNX Runtime's transpose optimiser moves a Transpose through a blocked QuantizeLinear
+    # without moving the block axis of its scale.
     return build.op("Transpose", [x], name, perm=[0, 2, 1, 3])
 
 

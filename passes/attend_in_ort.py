@@ -18,7 +18,10 @@ from planish.passes.builder import Builder
 from planish.plugins.fields import FIELD_MULTIPLIERS, field_matrix
 from planish.plugins.ops import DOMAIN, unpack
 
-__all__ = ["Cache", "Heads", "QueryBlocks", "decode_branch", "prefill_branch", "query_blocks"]
+__all__ = ["ORT_DOMAIN", "Cache", "Heads", "QueryBlocks", "decode_branch", "prefill_branch", "query_blocks"]
+
+#: The domain of ONNX Runtime's own operators.
+ORT_DOMAIN = "com.microsoft"
 
 #: Query blocks of a prefill. Of n blocks, (n - 1) / 2n of the scores are never computed; more blocks make smaller
 #: products, and beyond four the gain is eaten up.
@@ -42,7 +45,7 @@ class Cache:
         bits: of key and of value codes.
         codes, scale, zero: of the new tokens, [batch, sequence, 2 * kv_heads, head_dim or 1], not packed yet.
         past, present: packed codes, uint8 [batch, kv_heads, tokens, bytes].
-        past_scale, present_scale: float16 [batch, kv_heads, 4, tokens].
+        past_scale, present_scale: float16 [batch, 4 * kv_heads, 1, tokens].
     """
 
     bits: tuple[int, int]
@@ -111,30 +114,34 @@ def decode_branch(
     groups = heads.heads // heads.kv_heads
     shape = build.ints([0, heads.kv_heads, groups, heads.head_dim], f"{name}.by_group")
     by_group = inner.op("Reshape", [query, shape], f"{name}.query")
-    # One product with [field matrix | ones], softmax scale included, gives the query of the fields and its sum.
-    matrix = field_matrix(cache.bits[0], heads.head_dim)
-    columns = np.concatenate([matrix.T, np.ones((heads.head_dim, 1))], axis=1) / math.sqrt(heads.head_dim)
-    key_matrix = build.initializer(columns.astype(np.float32), f"{name}.key_matrix")
-    widened = inner.op("MatMul", [by_group, key_matrix], f"{name}.widened")
-    sizes = build.ints([matrix.shape[0], 1], f"{name}.sizes")
-    fields_query, query_sum = inner.ops("Split", [widened, sizes], f"{name}.query_part", 2, axis=-1)
+    key_bits, value_bits = cache.bits
+    softmax_scale = 1 / math.sqrt(heads.head_dim)
+    sum_matrix = build.initializer(np.full((heads.head_dim, 1), softmax_scale, np.float32), f"{name}.sum_matrix")
+    query_sum = inner.op("MatMul", [by_group, sum_matrix], f"{name}.query_sum")
+    fields_query = by_group
+    if key_bits < 8:  # the field of an 8-bit code is the code
+        key_matrix = np.ascontiguousarray(field_matrix(key_bits, heads.head_dim).T, np.float32)
+        fields_query = inner.op(
+            "MatMul", [by_group, build.initializer(key_matrix, f"{name}.key_matrix")], f"{name}.fields_query"
+        )
 
     scales = inner.op("Cast", [cache.present_scale], f"{name}.scales", to=ir.DataType.FLOAT)
-    rows = inner.ops("Split", [scales], f"{name}.scale_row", 4, axis=2, num_outputs=4)
-    key_scale, key_zero, value_scale, value_zero = rows
+    rows = inner.ops("Split", [scales], f"{name}.scale_row", 4, axis=1, num_outputs=4)
+    key_scale, value_scale, key_zero, value_zero = rows
     fields = _fields(build, inner, cache, 0, f"{name}.key")
-    transposed = inner.op("Transpose", [fields], f"{name}.key_t", perm=[0, 1, 3, 2])
-    products = inner.op("MatMul", [fields_query, transposed], f"{name}.products")
+    products = inner.op(
+        "FusedMatMul", [fields_query, fields], f"{name}.products", domain=ORT_DOMAIN, transB=1, alpha=softmax_scale
+    )
     scaled = inner.op("Mul", [products, key_scale], f"{name}.scaled")
     shift = inner.op("Mul", [query_sum, key_zero], f"{name}.shift")
-    shifted = inner.op("Add", [scaled, shift], f"{name}.shifted")
-    scores = inner.op("Add", [shifted, blocks.mask], f"{name}.scores")
+    scores = inner.op("Sum", [scaled, shift, blocks.mask], f"{name}.scores")
     shares = inner.op("Softmax", [scores], f"{name}.shares", axis=-1)
 
     weighted = inner.op("Mul", [shares, value_scale], f"{name}.weighted")
-    fields_sum = inner.op("MatMul", [weighted, _fields(build, inner, cache, 1, f"{name}.value")], f"{name}.fields_sum")
-    value_matrix = field_matrix(cache.bits[1], heads.head_dim).astype(np.float32)
-    summed = inner.op("MatMul", [fields_sum, build.initializer(value_matrix, f"{name}.value_matrix")], f"{name}.summed")
+    summed = inner.op("MatMul", [weighted, _fields(build, inner, cache, 1, f"{name}.value")], f"{name}.fields_sum")
+    if value_bits < 8:
+        value_matrix = field_matrix(value_bits, heads.head_dim).astype(np.float32)
+        summed = inner.op("MatMul", [summed, build.initializer(value_matrix, f"{name}.value_matrix")], f"{name}.summed")
     zeros = inner.op("Mul", [shares, value_zero], f"{name}.zeros")
     zero_sum = inner.op("ReduceSum", [zeros, build.ints([-1], f"{name}.last")], f"{name}.zero_sum")
     by_head = inner.op("Add", [summed, zero_sum], f"{name}.by_head")
@@ -208,8 +215,8 @@ def _dequantized(inner: Builder, name: str, cache: Cache) -> tuple[ir.Value, ir.
     new_parts = inner.ops("Split", [new_heads], f"{name}.new_part", 2, axis=1, num_outputs=2)
     scales = inner.op("Cast", [cache.past_scale], f"{name}.past_scales", to=ir.DataType.FLOAT)
     columns = inner.op("Transpose", [scales], f"{name}.past_columns", perm=[0, 1, 3, 2])
-    key_scale, key_zero, value_scale, value_zero = inner.ops(
-        "Split", [columns], f"{name}.past_column", 4, axis=-1, num_outputs=4
+    key_scale, value_scale, key_zero, value_zero = inner.ops(
+        "Split", [columns], f"{name}.past_column", 4, axis=1, num_outputs=4
     )
     whole = []
     for role, bits, packed, scale, zero, added in zip(

@@ -5,8 +5,17 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from planish.passes.attend_in_ort import Cache, Heads, QueryBlocks, decode_branch, prefill_branch, query_blocks
+from planish.passes.attend_in_ort import (
+    ORT_DOMAIN,
+    Cache,
+    Heads,
+    QueryBlocks,
+    decode_branch,
+    prefill_branch,
+    query_blocks,
+)
 from planish.passes.builder import Builder, dim, replace_nodes
+from planish.passes.rotate_in_ort import HeadTables, rotate_heads
 from planish.plugins.ops import DOMAIN
 from planish.plugins.ops.append_kv import SMALLEST_KV_SCALE
 from planish.plugins.ops.pack import pack
@@ -18,8 +27,9 @@ class LowerKvCacheToOrtPass(ir.passes.InPlacePass):
     """Replaces PlanishAppendKv* and PlanishAttend* by standard ops.
 
     Keys and values go through one quantiser. Their scales share one input and one output a layer, `....scale`,
-    float16 [batch, kv_heads, 4, tokens]: key scale, key zero, value scale, value zero, so that a row can be
-    applied to the scores as it is. Attention has two forms, picked at run time; see `planish.passes.attend_in_ort`.
+    float16 [batch, 4 * kv_heads, 1, tokens]: key scales, value scales, key zeros, value zeros, so that they can be
+    applied to the scores as they are. Attention has two forms, picked at run time; see
+    `planish.passes.attend_in_ort`.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -38,8 +48,10 @@ class LowerKvCacheToOrtPass(ir.passes.InPlacePass):
         for value in build.initializers:
             graph.register_initializer(value)
         graph.insert_after(after, build.nodes)
+        tables: HeadTables = {}
         for node in nodes:
-            _lower(graph, node, blocks)
+            _lower(graph, node, blocks, tables)
+        graph.opset_imports[ORT_DOMAIN] = 1
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -63,14 +75,17 @@ class _Append:
         return cls(node, int(node.op_type.removeprefix("PlanishAppendKv")), x)
 
 
-def _lower(graph: ir.Graph, attend: ir.Node, blocks: QueryBlocks) -> None:
+def _lower(graph: ir.Graph, attend: ir.Node, blocks: QueryBlocks, tables: HeadTables) -> None:
     query, key_codes, _, value_codes, _, _ = attend.inputs
     assert query is not None
     key, value = _Append.of(key_codes), _Append.of(value_codes)
     name = str(attend.name).removesuffix(".attended")
     heads = Heads(attend.attributes.get_int("heads"), dim(key.node.inputs[1], 1), attend.attributes.get_int("head_dim"))
     build = Builder()
-    cache = _append(build, f"{name}.kv", key, value, heads)
+    parts, numbers = (query, key.x, value.x), (heads.heads, heads.kv_heads)
+    rotated = rotate_heads(build, f"{name}.rotation", tables, parts, numbers, heads.head_dim)
+    query, x = rotated or (query, _joined(build, f"{name}.kv", key, value, heads))
+    cache = _append(build, f"{name}.kv", key, value, x, heads)
     attended = build.op(
         "If",
         [blocks.decoding],
@@ -83,14 +98,19 @@ def _lower(graph: ir.Graph, attend: ir.Node, blocks: QueryBlocks) -> None:
     graph.remove([key.node, value.node], safe=True)
 
 
-def _append(build: Builder, name: str, key: _Append, value: _Append, heads: Heads) -> Cache:
-    """Quantise and append as PlanishAppendKv does; QuantizeLinear's saturation at 0 is the lower clamp."""
+def _joined(build: Builder, name: str, key: _Append, value: _Append, heads: Heads) -> ir.Value:
+    joined = build.op("Concat", [key.x, value.x], f"{name}.joined", axis=-1)
+    shape = build.ints([0, 0, 2 * heads.kv_heads, heads.head_dim], f"{name}.shape")
+    return build.op("Reshape", [joined, shape], f"{name}.x")
+
+
+def _append(build: Builder, name: str, key: _Append, value: _Append, x: ir.Value, heads: Heads) -> Cache:
+    """Quantise `x`, [batch, sequence, key and value heads, head_dim], and append it as PlanishAppendKv does.
+
+    QuantizeLinear's saturation at 0 is the lower clamp.
+    """
     kv, bits = heads.kv_heads, (key.bits, value.bits)
     past_key, past_value = key.node.inputs[1], value.node.inputs[1]
-    # Heads come first only after quantising: ONNX Runtime's transpose optimiser moves a Transpose through a blocked
-    # QuantizeLinear without moving the block axis of its scale.
-    joined = build.op("Concat", [key.x, value.x], f"{name}.joined", axis=-1)
-    x = build.op("Reshape", [joined, build.ints([0, 0, 2 * kv, heads.head_dim], f"{name}.shape")], f"{name}.x")
 
     def per_bits(values: tuple[int, int], dtype: type[np.generic], suffix: str) -> ir.Value:
         array = np.repeat(np.asarray(values, dtype), kv).reshape(1, 1, 2 * kv, 1)
@@ -102,10 +122,10 @@ def _append(build: Builder, name: str, key: _Append, value: _Append, heads: Head
     span = build.op("Sub", [maximum, minimum], f"{name}.span")
     step = build.op("Div", [span, per_bits(largest, np.float32, "levels")], f"{name}.step")
     bounded = build.op("Max", [step, build.floats(SMALLEST_KV_SCALE, f"{name}.smallest")], f"{name}.bounded")
-    pair = build.op("Concat", [bounded, minimum], f"{name}.pair", axis=-1)
+    pair = build.op("Concat", [bounded, minimum], f"{name}.pair", axis=2)
     stored = build.op("Cast", [pair], f"{name}.stored", to=ir.DataType.FLOAT16)
     restored = build.op("Cast", [stored], f"{name}.restored", to=ir.DataType.FLOAT)
-    scale, zero = build.ops("Split", [restored], f"{name}.new_scale", 2, axis=-1, num_outputs=2)
+    scale, zero = build.ops("Split", [restored], f"{name}.new_scale", 2, axis=2, num_outputs=2)
     offset = build.op("Sub", [x, zero], f"{name}.offset")
     clamps = min(bits) < 8
     codes = build.op(
@@ -128,15 +148,13 @@ def _append(build: Builder, name: str, key: _Append, value: _Append, heads: Head
     present_key = build.op("Concat", [past_key, new[0]], f"{name}.present_key", axis=2)
     present_value = build.op("Concat", [past_value, new[1]], f"{name}.present_value", axis=2)
 
-    by_role = build.op("Reshape", [stored, build.ints([0, 0, 2, kv, 2], f"{name}.roles")], f"{name}.by_role")
-    rows = build.op("Transpose", [by_role], f"{name}.rows", perm=[0, 3, 2, 4, 1])
-    new_scale = build.op("Reshape", [rows, build.ints([0, kv, 4, -1], f"{name}.four")], f"{name}.scale_rows")
+    new_scale = build.op("Transpose", [stored], f"{name}.scale_rows", perm=[0, 2, 3, 1])
     assert past_key is not None
     assert past_value is not None
     past_scale = ir.Value(
         name=f"{str(past_key.name).removesuffix('.key')}.scale",
         type=ir.TensorType(ir.DataType.FLOAT16),
-        shape=ir.Shape(["batch", kv, 4, "past"]),
+        shape=ir.Shape(["batch", 4 * kv, 1, "past"]),
     )
     present_scale = build.op("Concat", [past_scale, new_scale], f"{name}.present_scale", axis=3)
     return Cache(
@@ -149,6 +167,8 @@ def _pack(build: Builder, codes: ir.Value, bits: int, name: str) -> ir.Value:
 
 
 def _heads_first(build: Builder, x: ir.Value, name: str) -> ir.Value:
+    # Not before quantising: ONNX Runtime's transpose optimiser moves a Transpose through a blocked QuantizeLinear
+    # without moving the block axis of its scale.
     return build.op("Transpose", [x], name, perm=[0, 2, 1, 3])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import OrtDevice, OrtValue, OrtValueVector
 
 from planish.compiler.errors import NotPlanishModelError
 from planish.compiler.runtime.processor import PRODUCTS_WITHOUT_SATURATION, cpu_flags
@@ -24,6 +25,8 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(uint8)": np.uint8,
     "tensor(int8)": np.int8,
 }
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "num_logits_to_keep")
+_CPU = OrtDevice(OrtDevice.cpu(), OrtDevice.default_memory(), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ class _Slot:
 
     def empty(self, batch: int) -> Any:
         shape = [batch if dim == "batch" else 0 if dim == "past" else int(dim) for dim in self.shape]
-        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self.dtype))
+        return OrtValue.ortvalue_from_shape_and_type(shape, self.dtype, _CPU)
 
 
 class Session:
@@ -86,6 +89,8 @@ class Session:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
+        # ONNX Runtime would plan the memory anew for every length of the cache, and keep all the plans.
+        options.enable_mem_pattern = False
         if not PRODUCTS_WITHOUT_SATURATION & set(cpu_flags()):
             # Products of unsigned by signed 8-bit codes saturate then, unless a slower kernel is asked for.
             options.add_session_config_entry("session.x64quantprecision", "1")
@@ -103,6 +108,7 @@ class Session:
             for name, i in inputs.items()
             if name.startswith("past_key_values.")
         )
+        self._inputs = [*_TOKEN_INPUTS, *(slot.past for slot in self._slots)]
         self._outputs = ["logits", *(slot.present for slot in self._slots)]
 
     @property
@@ -159,15 +165,22 @@ class Session:
     ) -> tuple[Floats, Cache, list[npt.NDArray[Any]]]:
         seen = np.concatenate([cache.mask, new_mask], axis=1)
         positions = np.maximum(seen.cumsum(axis=1) - 1, 0)[:, len(cache) :]
-        feeds = {
-            "input_ids": ids,
-            "attention_mask": seen,
-            "position_ids": np.ascontiguousarray(positions),
-            "num_logits_to_keep": np.asarray(logits_to_keep, np.int64),
-        }
-        # An IOBinding would refuse num_logits_to_keep, which is an initializer that a feed overrides.
-        values = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items()}
-        values.update(zip(self.cache_inputs, cache.tensors, strict=True))
-        logits, *rest = self._session.run_with_ort_values([*self._outputs, *names], values)
+        keep = np.asarray(logits_to_keep, np.int64)
+        tokens = (
+            ids,
+            seen,
+            np.ascontiguousarray(positions),
+            keep,
+        )  # must outlive the run: the feeds share their memory
+        # An IOBinding would refuse num_logits_to_keep, which is an initializer that a feed overrides, and
+        # run_with_ort_values takes as long for its own checks as dozens of the graph's nodes.
+        feeds, fetches = OrtValueVector(), OrtValueVector()
+        for value in (*(OrtValue.ortvalue_from_numpy(array, _CPU) for array in tokens), *cache.tensors):
+            feeds.push_back(value)
+        outputs = [*self._outputs, *names]
+        self._session.run_with_ortvaluevector(
+            ort.RunOptions(), self._inputs, feeds, outputs, fetches, [_CPU] * len(outputs)
+        )
+        logits, *rest = fetches
         present, extra = rest[: len(self._slots)], rest[len(self._slots) :]
         return logits.numpy(), Cache(tuple(present), seen), [value.numpy() for value in extra]

@@ -166,8 +166,10 @@ class _Run:
         codes = unpack(self.outputs[f"present.{layer}.{role}"], bits, head_dim)
         if f"present.{layer}.{role}_scale" in self.outputs:
             return codes, self.outputs[f"present.{layer}.{role}_scale"]
-        rows = self.outputs[f"present.{layer}.scale"][:, :, 2 * part : 2 * part + 2]
-        return codes, np.ascontiguousarray(rows.swapaxes(2, 3))
+        scales = self.outputs[f"present.{layer}.scale"]
+        batch, _, _, tokens = scales.shape
+        by_kind = scales.reshape(batch, 2, 2, -1, tokens)  # scale and zero, keys and values, heads
+        return codes, np.ascontiguousarray(by_kind[:, :, part].transpose(0, 2, 3, 1))
 
 
 class _Following:

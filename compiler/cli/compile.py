@@ -21,7 +21,20 @@ def run_compile(
     lm_head: Annotated[
         str | None, typer.Option(help="Format of the output projection, such as w8a8 or w16a16.")
     ] = None,
-    select: Annotated[str | None, typer.Option(help="How transforms are chosen: none.")] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(help="How transforms are chosen: none, fixed:KIND, kurtosis, measured[:BUDGET] or auto. [auto]"),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Calibration text: a .txt or .jsonl file, a Hub data set, or self. [self]")
+    ] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Calibration sequences. [16]")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a calibration sequence. [512]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random choices. [0]")] = None,
+    verify_passes: Annotated[
+        bool | None,
+        typer.Option("--verify-passes/--no-verify-passes", help="Check the logits after every pass. [on]"),
+    ] = None,
     target: Annotated[list[str] | None, typer.Option(help="ort, rtx or tensorrt; may be repeated. [ort]")] = None,
     num_layers: Annotated[int | None, typer.Option(min=1, help="Keep only the first decoder blocks.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe.yaml; flags win over it.")] = None,
@@ -48,6 +61,11 @@ def run_compile(
                 scheme=scheme,
                 lm_head=lm_head,
                 select=select,
+                dataset=dataset,
+                nsamples=nsamples,
+                seqlen=seqlen,
+                seed=seed,
+                verify_passes=verify_passes,
                 targets=target or None,
                 num_layers=num_layers,
                 max_context=max_context,

@@ -10,7 +10,7 @@ from planish.passes.scheme import FLOAT_BITS, Scheme
 from planish.passes.transforms import Site
 from planish.plugins.ops.quantize_activation import SMALLEST_SCALE
 
-__all__ = ["LowBitHooks", "Reached", "round_activation"]
+__all__ = ["LowBitHooks", "Reached", "round_activation", "round_cached"]
 
 
 class Reached(Exception):  # noqa: N818 - it ends a run early and is no error
@@ -79,8 +79,9 @@ class LowBitHooks:
             groups = self._folded.config.groups
             query = query @ torch.linalg.inv(self._key_map).mT.repeat_interleave(groups, 0)
             key = key @ self._key_map
-        return query, _cached(key, self._scheme.key_bits), _cached(value, self._scheme.value_bits)
+        return query, round_cached(key, self._scheme.key_bits), round_cached(value, self._scheme.value_bits)
 
 
-def _cached(x: Tensor, bits: int) -> Tensor:
+def round_cached(x: Tensor, bits: int) -> Tensor:
+    """Return keys or values [..., d] as the cache gives them back; see `quantize_kv`."""
     return x if bits == FLOAT_BITS else dequantize_kv(*quantize_kv(x, bits))

@@ -17,6 +17,7 @@ from planish.compiler.checkpoint.files import write_json
 from planish.compiler.checkpoint.first_layers import open_first_layers
 from planish.compiler.export.float_model import save_model
 from planish.compiler.export.portable import portable_model
+from planish.compiler.pipeline.flatten import Flattening, flatten
 from planish.compiler.pipeline.plan import make_plan
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.pipeline.report import write_report
@@ -25,6 +26,8 @@ from planish.compiler.pipeline.work_folder import WorkFolder, check_output, chec
 from planish.compiler.progress import Progress, Silent
 from planish.compiler.quantize.codes import CodesOnDisk, quantize_checkpoint
 from planish.compiler.runtime.tokenizer import Tokenizer
+from planish.compiler.select.plan_file import save_transforms
+from planish.compiler.verify.passes import PassDrift, verify_flattening
 from planish.compiler.verify.verification import verify
 from planish.passes.scheme import Scheme
 
@@ -47,6 +50,11 @@ def compile_model(
     scheme: str | None = None,
     lm_head: str | None = None,
     select: str | None = None,
+    dataset: str | None = None,
+    nsamples: int | None = None,
+    seqlen: int | None = None,
+    seed: int | None = None,
+    verify_passes: bool | None = None,
     targets: Sequence[str] | None = None,
     num_layers: int | None = None,
     max_context: int | None = None,
@@ -68,6 +76,11 @@ def compile_model(
         recipe: a recipe file. Every other setting that is given wins over it.
         lm_head: as all further settings, see `Recipe`.
         select: see `Recipe`.
+        dataset: see `Recipe`.
+        nsamples: see `Recipe`.
+        seqlen: see `Recipe`.
+        seed: see `Recipe`.
+        verify_passes: see `Recipe`.
         targets: see `Recipe`.
         num_layers: see `Recipe`.
         max_context: see `Recipe`.
@@ -90,6 +103,11 @@ def compile_model(
         scheme=scheme,
         lm_head=lm_head,
         select=select,
+        dataset=dataset,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seed=seed,
+        verify_passes=verify_passes,
         targets=None if targets is None else tuple(targets),
         num_layers=num_layers,
         max_context=max_context,
@@ -102,7 +120,7 @@ def compile_model(
 
 def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
     """Compile as `recipe` says; see `compile_model`."""
-    scheme = recipe.parsed_scheme()
+    scheme, policy, calibration = recipe.parsed_scheme(), recipe.parsed_policy(), recipe.calibration()
     check_targets(recipe)
     check_output(out)
     checkpoint = open_first_layers(recipe.model, recipe.num_layers)
@@ -112,6 +130,8 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
         "checkpoint": checkpoint.fingerprint(),
         "code": code_fingerprint(),
     }
+    if policy.name != "none":
+        settings["calibration"] = calibration.fingerprint()
     with WorkFolder.hold(out, settings, progress) as work, clear_errors(out):
         check_space(work.path, _bytes_needed(checkpoint, scheme, recipe))
         _Compile(checkpoint, scheme, recipe, work, progress).run()
@@ -129,6 +149,7 @@ class _Compile:
     work: WorkFolder
     progress: Progress
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    drifts: tuple[PassDrift, ...] = ()
 
     def run(self) -> None:
         """Run the stages."""
@@ -137,6 +158,11 @@ class _Compile:
         # The graph first: what it cannot express is refused before the long work, and its weights are read when saved.
         codes = CodesOnDisk(self.work.codes, self.checkpoint, self.scheme)
         model, left_float = portable_model(self.checkpoint, self.scheme, codes)
+        flattening = self._timed("flatten", lambda: self._flatten(codes))
+        checkpoint, transforms = self.checkpoint, None
+        if flattening is not None:
+            checkpoint, transforms = flattening.checkpoint, flattening.transforms
+            model, left_float = portable_model(self.checkpoint, self.scheme, codes, transforms)
         self._timed("quantise", self._quantize)
         self._stage("portable model", bundle, lambda: save_model(model, bundle, self._steps("portable model")))
         for target in targets:
@@ -145,16 +171,32 @@ class _Compile:
         checked = engine_folder(bundle, "ort") if "ort" in targets else bundle
         tokens = Tokenizer(bundle).encode(_SAMPLE)[:_SAMPLE_TOKENS]
         verification = self._timed(
-            "verify", lambda: verify(self.checkpoint, self.scheme, codes, checked / MODEL_FILE, tokens)
+            "verify", lambda: verify(checkpoint, self.scheme, codes, checked / MODEL_FILE, tokens, transforms)
         )
         plan = self._timed(
-            "plan", lambda: make_plan(self.checkpoint, self.scheme, codes, left_float, self._steps("plan"))
+            "plan", lambda: make_plan(checkpoint, self.scheme, codes, left_float, self._steps("plan"))
         )
+        if flattening is not None:
+            plan["transforms"] = flattening.plan
+            save_transforms(flattening.transforms, bundle)
         write_json(bundle / PLAN_FILE, plan)
         self._repeatable_recipe().write(bundle / RECIPE_FILE)
         manifest = self._manifest()
-        write_report(Bundle(bundle, manifest), plan, verification, self.seconds)
+        write_report(Bundle(bundle, manifest), plan, verification, self.drifts, self.seconds)
         manifest.write(bundle)
+
+    def _flatten(self, codes: CodesOnDisk) -> Flattening | None:
+        policy = self.recipe.parsed_policy()
+        if policy.name == "none":
+            return None
+        self.work.codes.mkdir(exist_ok=True)
+        flattening = flatten(
+            self.checkpoint, self.scheme, policy, self.recipe.calibration(), self.work.flatten, codes, self.progress
+        )
+        if self.recipe.verify_passes:
+            self.progress.say("verifying the passes that flatten")
+            self.drifts = verify_flattening(self.checkpoint, flattening.transforms)
+        return flattening
 
     def _quantize(self) -> None:
         def step(_: str, done: int, total: int) -> None:

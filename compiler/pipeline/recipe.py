@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from planish.compiler.calibrate.settings import SELF, CalibrationSettings
 from planish.compiler.checkpoint.files import write_text
-from planish.compiler.errors import RecipeError
+from planish.compiler.errors import RecipeError, SelectionError
+from planish.compiler.select.policy import SelectionPolicy
 from planish.passes.scheme import Scheme
 
 __all__ = ["TARGETS", "Recipe", "Target"]
@@ -23,7 +25,13 @@ class Recipe(BaseModel):
         model: a checkpoint folder, a GGUF file, a Hub id, or smollm2.
         scheme: bits per tensor role, such as w4a4k4v4.
         lm_head: format of the output projection, such as w8a8; None is the default of `Scheme.parse`.
-        select: the policy that picks a transform per site; `none` rounds to nearest without any.
+        select: the policy that picks a transform per site, see `SelectionPolicy.parse`; `none` rounds to nearest
+            without any, `auto` is `none` for float linears and `measured` for all others.
+        dataset: calibration text, as the three settings below; see `CalibrationSettings`.
+        nsamples: calibration sequences.
+        seqlen: tokens in each; at most what the model was made for.
+        seed: of all random choices.
+        verify_passes: run the float graph after every pass that flattens, and stop where the logits move.
         targets: what to lower to; `ort` is integer products in ONNX Runtime, `rtx` and `tensorrt` are engines.
         num_layers: keep only this many of the first decoder blocks; None keeps all.
         max_context: tokens of prompt and answer together; None is what the model was made for, and for engines, whose
@@ -38,7 +46,12 @@ class Recipe(BaseModel):
     model: str
     scheme: str
     lm_head: str | None = None
-    select: Literal["none"] = "none"
+    select: str = "auto"
+    dataset: str = SELF
+    nsamples: int = 16
+    seqlen: int = 512
+    seed: int = 0
+    verify_passes: bool = True
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("ort",)
     num_layers: PositiveInt | None = None
     max_context: PositiveInt | None = None
@@ -68,6 +81,30 @@ class Recipe(BaseModel):
             SchemeError: if it cannot be read or built.
         """
         return Scheme.parse(self.scheme, self.lm_head)
+
+    def parsed_policy(self) -> SelectionPolicy:
+        """Return the selection policy; `auto` is resolved.
+
+        Raises:
+            SelectionError: if it cannot be read, or needs low-bit linears and the scheme has none.
+        """
+        policy = SelectionPolicy.parse(self.select)
+        if self.parsed_scheme().linear.is_float:
+            if policy.name in ("auto", "none"):
+                return SelectionPolicy("none")
+            raise SelectionError(
+                f"The policy {policy} flattens what linears round, and {self.scheme} leaves linears in floating "
+                "point. Leave --select out, or give the linears low bits."
+            )
+        return SelectionPolicy.parse("measured") if policy.name == "auto" else policy
+
+    def calibration(self) -> CalibrationSettings:
+        """Return what to calibrate on.
+
+        Raises:
+            CalibrationError: if there is no such text, or a number is out of range.
+        """
+        return CalibrationSettings(dataset=self.dataset, nsamples=self.nsamples, seqlen=self.seqlen, seed=self.seed)
 
     def write(self, path: Path) -> None:
         """Write the recipe as YAML; settings that are not set are left out."""

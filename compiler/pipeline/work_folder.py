@@ -29,13 +29,14 @@ class WorkFolder:
         path: the folder itself.
         bundle: what becomes the output.
         codes: for the quantised blocks.
+        flatten: for what flattening learns.
     """
 
     def __init__(self, out: Path) -> None:
         """Use `WorkFolder.hold`, which makes the folder."""
         self._out = out
         self.path = out.with_name(out.name + ".partial")
-        self.bundle, self.codes = self.path / "bundle", self.path / "codes"
+        self.bundle, self.codes, self.flatten = (self.path / name for name in ("bundle", "codes", "flatten"))
         self._state: dict[str, Any] = {}
 
     @classmethod
@@ -91,7 +92,7 @@ class WorkFolder:
                     progress.say(f"resuming from {self.path}")
                     return found
             progress.say(f"{self.path} is of a compile with other settings or another planish; starting anew")
-            for path in (self.bundle, self.codes):
+            for path in (self.bundle, self.codes, self.flatten):
                 shutil.rmtree(path, ignore_errors=True)
         fresh = {"settings": settings, "finished": {}}
         write_json(state, fresh)

@@ -1,0 +1,31 @@
+"""From kinds to forms: which transform stands at every site of every block under a policy that measures nothing."""
+
+from collections.abc import Mapping
+
+from planish.compiler.learn.candidates import Form
+from planish.compiler.select.kurtosis import Group
+from planish.passes.transforms import Kind, Site
+
+__all__ = ["SITE_GROUPS", "forms_of_groups"]
+
+#: Group of linears -> the sites in front of them. The kind of a group is that of all its sites.
+SITE_GROUPS: dict[Group, tuple[Site, ...]] = {
+    "attn": ("attn_in", "attn_out", "key", "value"),
+    "ffn": ("ffn_in", "ffn_out"),
+}
+
+#: By site: the form of a rotation and of an affine map. At attn_out only the heads are mixed, which both kinds do by a
+#: rotation; the affine part of that site is the value map.
+_FORMS: dict[Site, dict[Kind, Form]] = {
+    "attn_in": {"rotation": "rotation", "affine": "blocks64"},
+    "attn_out": {"rotation": "rotation", "affine": "rotation"},
+    "ffn_in": {"rotation": "rotation", "affine": "blocks64"},
+    "ffn_out": {"rotation": "rotation", "affine": "blocks128"},
+    "key": {"rotation": "rotation", "affine": "dense"},
+    "value": {"rotation": "rotation", "affine": "dense"},
+}
+
+
+def forms_of_groups(kinds: Mapping[Group, Kind]) -> dict[Site, Form]:
+    """Return the form at every site of a block, given the kind of each of its groups."""
+    return {site: _FORMS[site][kinds[group]] for group, sites in SITE_GROUPS.items() for site in sites}

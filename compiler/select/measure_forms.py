@@ -1,0 +1,172 @@
+"""Measure what every form costs in accuracy: the error of a block's output with one site of it low-bit."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from planish.compiler.checkpoint import Checkpoint
+from planish.compiler.checkpoint.files import write_json
+from planish.compiler.learn.block import SITE_MODULES, Angles, Block, FloatHooks, read_block, run_block
+from planish.compiler.learn.candidates import Form
+from planish.compiler.learn.clips import search_clip
+from planish.compiler.learn.factors import Factors
+from planish.compiler.learn.flatten_block import Streams, closed_form_factors
+from planish.compiler.learn.flattening import held_out_sequences
+from planish.compiler.learn.low_bit import round_activation, round_cached
+from planish.compiler.learn.precision import fast_products
+from planish.compiler.learn.site_moments import gather_moments, residual_weights
+from planish.compiler.learn.stream_files import StreamFiles
+from planish.compiler.progress import Progress
+from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
+from planish.passes.scheme import Scheme
+from planish.passes.transforms import SITES, Site
+
+__all__ = ["SITE_FORMS", "FormErrors", "measure_forms"]
+
+_LINEAR_FORMS: tuple[Form, ...] = ("identity", "rotation", "kronecker", "blocks32", "blocks64", "blocks128", "dense")
+#: What may stand at every site.
+SITE_FORMS: dict[Site, tuple[Form, ...]] = {
+    "attn_in": _LINEAR_FORMS,
+    "attn_out": ("identity", "rotation"),
+    "ffn_in": _LINEAR_FORMS,
+    "ffn_out": tuple(form for form in _LINEAR_FORMS if form != "dense"),
+    "key": ("identity", "rotation", "dense"),
+    "value": ("identity", "rotation", "dense"),
+}
+#: Rows on which clips are searched.
+_CLIP_ROWS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class FormErrors:
+    """What was measured at one block.
+
+    Attributes:
+        errors: by site and form, the mean over held-out tokens of ||y' - y||^2 / ||y||^2, where y is the block's
+            float output and y' that with only this site low-bit: its input and weights, or the keys, or the values.
+        flops: by site and form, what it costs online, per token.
+    """
+
+    errors: dict[Site, dict[Form, float]]
+    flops: dict[Site, dict[Form, int]]
+
+
+@torch.no_grad()
+def measure_forms(
+    checkpoint: Checkpoint, scheme: Scheme, token_ids: npt.NDArray[np.int64], folder: Path, progress: Progress
+) -> list[FormErrors]:
+    """Return the errors at every block, on float inputs, keeping each block's in `folder`.
+
+    Transforms are fitted to all calibration sequences but the last eighth, on which errors are measured.
+    """
+    config, found = checkpoint.config, []
+    files = StreamFiles(folder / "measure", held_out_sequences(len(token_ids)))
+    if files.newest() is None:
+        table = torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight").astype(np.float32))
+        files.begin(token_ids, lambda ids: table[ids])
+    angles = Angles.of(config, token_ids.shape[1])
+    with fast_products():
+        for layer in range(config.num_hidden_layers):
+            path = folder / f"forms-{layer}.json"
+            if not path.exists():
+                block, streams = read_block(checkpoint, layer), files.open(layer)
+                outputs = torch.cat([run_block(config, FloatHooks(block), x, angles) for x in streams.target.split(4)])
+                measured = _measure_block(block, streams, outputs, angles, scheme)
+                files.advance(layer, outputs, lambda x: x)
+                write_json(path, dataclasses.asdict(measured))
+            found.append(FormErrors(**json.loads(path.read_text(encoding="utf-8"))))
+            progress.step("measure transforms", layer + 1, config.num_hidden_layers)
+    return found
+
+
+def _measure_block(block: Block, streams: Streams, outputs: Tensor, angles: Angles, scheme: Scheme) -> FormErrors:
+    moments = gather_moments(block, (streams.target[part] for part in streams.batches()), angles)
+    sample = _Sampling(block)
+    first = next(iter(streams.batches()))
+    run_block(block.config, sample, streams.target[first], angles)
+    weights = residual_weights(outputs[first])
+    result = FormErrors({site: {} for site in SITES}, {site: {} for site in SITES})
+    widths = {site: x.shape[-1] for site, x in sample.seen.items()}
+    for site in SITES:
+        for form in SITE_FORMS[site]:
+            factors = closed_form_factors(block, moments, {site: form}, seed=0)[site]
+            hooks = _OneSite(block, site, factors, scheme)
+            if site in SITE_MODULES:
+                rows = sample.seen[site].flatten(0, -2)[:_CLIP_ROWS]
+                hooks.round_linears(rows, weights[:_CLIP_ROWS])
+            result.errors[site][form] = _held_out_error(block, hooks, streams, outputs, angles)
+            width = widths.get(site, block.config.kv_size)
+            result.flops[site][form] = 0 if site == "value" else factors.stored(width).flops
+    return result
+
+
+def _held_out_error(block: Block, hooks: "_OneSite", streams: Streams, outputs: Tensor, angles: Angles) -> float:
+    errors = []
+    for part in streams.batches(held_out=streams.held_out > 0):
+        y = outputs[part]
+        lost = run_block(block.config, hooks, streams.target[part], angles) - y
+        errors.append((lost.square().sum(-1) / y.square().sum(-1).clamp_min(1e-12)).flatten())
+    return float(torch.cat(errors).mean())
+
+
+class _Sampling(FloatHooks):
+    """Keeps what comes to the sites of linears."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__(block)
+        self.seen: dict[Site, Tensor] = {}
+
+    def site(self, site: Site, x: Tensor) -> Tensor:
+        """Keep `x`."""
+        self.seen[site] = x
+        return x
+
+
+class _OneSite(FloatHooks):
+    """The float block with one site on the grids of a scheme, weights rounded to nearest."""
+
+    def __init__(self, block: Block, site: Site, factors: Factors, scheme: Scheme) -> None:
+        super().__init__(block)
+        self._site, self._factors, self._scheme = site, factors, scheme
+        self._weights: dict[str, Tensor] = {}
+        self._clip = 1.0
+
+    def round_linears(self, rows: Tensor, token_weights: Tensor) -> None:
+        """Round the linears of the site, and find its clip on `rows` [tokens, n]."""
+        form = self._scheme.linear
+        for module in SITE_MODULES[self._site]:
+            mapped = self._factors.apply_to_weight(self._block.weight(module).double()).float()
+            self._weights[module] = dequantize_weight(quantize_weight(mapped, form))
+        stacked = torch.cat(list(self._weights.values()))
+        self._clip = search_clip(self._factors.apply(rows), stacked, form, token_weights)
+
+    def site(self, site: Site, x: Tensor) -> Tensor:
+        """Transform and round at the one site."""
+        if site != self._site:
+            return x
+        return round_activation(self._factors.apply(x), self._scheme.linear.activation_bits, self._clip)
+
+    def linear(self, module: str, x: Tensor) -> Tensor:
+        """Return the output of a linear, rounded or not."""
+        if module not in self._weights:
+            return super().linear(module, x)
+        return torch.nn.functional.linear(x, self._weights[module], self._block.tensors.get(f"{module}.bias"))
+
+    def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Round keys or values if they are the one site, in the space of their map and back."""
+        if self._site == "key":
+            key = self._stored(key, self._scheme.key_bits)
+        if self._site == "value":
+            value = self._stored(value, self._scheme.value_bits)
+        return query, key, value
+
+    def _stored(self, x: Tensor, bits: int) -> Tensor:
+        right = self._factors.right
+        if right is None:
+            return round_cached(x, bits)
+        return round_cached(x @ right, bits) @ torch.linalg.inv(right)

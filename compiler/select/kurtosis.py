@@ -21,6 +21,7 @@ from planish.passes.transforms import Kind
 
 __all__ = [
     "GROUPS",
+    "KINDS",
     "Aggregate",
     "Group",
     "KurtosisChoice",

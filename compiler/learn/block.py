@@ -133,6 +133,4 @@ def _norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
 
 def _rotate(x: Tensor, angles: Angles) -> Tensor:
     first, second = x.chunk(2, -1)
-    return torch.cat(
-        [first * angles.cos - second * angles.sin, second * angles.cos + first * angles.sin], -1
-    )
+    return torch.cat([first * angles.cos - second * angles.sin, second * angles.cos + first * angles.sin], -1)

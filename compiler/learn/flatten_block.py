@@ -16,14 +16,17 @@ from planish.compiler.learn.gptq import compensate, gptq
 from planish.compiler.learn.hadamard import hadamard_transform
 from planish.compiler.learn.low_bit import LowBitHooks, Reached, round_activation
 from planish.compiler.learn.site_moments import RESIDUAL_SITES, SiteMoments, gather_moments, residual_weights
-from planish.compiler.quantize.arithmetic import QuantizedWeight, dequantize_weight, quantize_weight
-from planish.passes.scheme import Scheme
-from planish.passes.transforms import LayerTransforms, Site
+from planish.compiler.quantize.arithmetic import QuantizedWeight, dequantize_weight
+from planish.passes.scheme import LinearFormat, Scheme
+from planish.passes.transforms import Site
 
-__all__ = ["Flattened", "Streams", "closed_form_factors", "flatten_block"]
+__all__ = ["FOLDS", "Flattened", "Streams", "closed_form_factors", "flatten_block"]
 
 #: Ridges tried for the least-squares step before rounding, as shares of the Hessian's mean diagonal.
 _RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0)
+#: Parts of the sequences to fit to. What comes out of a block for one part is computed with weights fitted to the others:
+#: weights fitted to the very tokens they are run on would show later blocks half the error they will really see.
+FOLDS = 2
 #: Rows on which clips are searched.
 _CLIP_ROWS = 1024
 
@@ -42,10 +45,12 @@ class Streams:
     seen: Tensor
     held_out: int
 
-    def batches(self, held_out: bool = False, size: int = 4) -> Iterator[slice]:
-        """Yield which sequences to take together, of those to fit to or of those held out."""
+    def batches(self, fold: int | None = None, *, held_out: bool = False, size: int = 4) -> Iterator[slice]:
+        """Yield which sequences to take together: of all to fit to, of one of `FOLDS` folds, or of those held out."""
         border = len(self.target) - self.held_out
         first, last = (border, len(self.target)) if held_out else (0, border)
+        if fold is not None:
+            first, last = border * fold // FOLDS, border * (fold + 1) // FOLDS
         yield from (slice(start, min(start + size, last)) for start in range(first, last, size))
 
 
@@ -58,6 +63,7 @@ class Flattened:
         clips: by site.
         codes: by module within the block.
         hooks: run the block as it is now.
+        fold_hooks: run it with the weights fitted to all folds but one, for each of the folds.
         evidence: by site, what was measured.
     """
 
@@ -65,6 +71,7 @@ class Flattened:
     clips: dict[Site, float]
     codes: dict[str, QuantizedWeight]
     hooks: LowBitHooks
+    fold_hooks: list[LowBitHooks]
     evidence: dict[Site, dict[str, float]]
 
 
@@ -75,7 +82,6 @@ def flatten_block(
     scheme: Scheme,
     forms: dict[Site, Form],
     seed: int,
-    rounding: str = "gptq",
 ) -> Flattened:
     """Return `block` flattened for `scheme`, with the given form at every site; `outputs` are the float block's."""
     angles = Angles.of(block.config, streams.target.shape[1], streams.target.device)
@@ -83,22 +89,33 @@ def flatten_block(
     factors = closed_form_factors(block, moments, forms, seed)
     folded = fold_block(block, factors)
     hooks = LowBitHooks(folded, factors, scheme)
+    fold_hooks = [LowBitHooks(folded, factors, scheme) for _ in range(FOLDS)]
     codes: dict[str, QuantizedWeight] = {}
     evidence: dict[Site, dict[str, float]] = {}
     for site, modules in SITE_MODULES.items():
-        rounding_of_site = _SiteRounding(
-            block, folded, streams, outputs, angles, hooks, reading_factors(block, factors, site), site
+        fit = _SiteFit(
+            block, folded, streams, outputs, angles, hooks, fold_hooks, reading_factors(block, factors, site), site
         )
-        hooks.clips[site], rounded, evidence[site] = rounding_of_site.run(scheme, rounding)
-        for module, each in zip(modules, rounded, strict=True):
-            codes[module], hooks.weights[module] = each, dequantize_weight(each)
-    hooks.stop = None
-    return Flattened(factors, hooks.clips, codes, hooks, evidence)
+        clip, rounded, evidence[site] = fit.run(scheme)
+        for each_hooks, whole in zip([hooks, *fold_hooks], rounded, strict=True):
+            each_hooks.clips[site] = clip
+            for module, each in zip(modules, _split_rows(whole, [len(folded.weight(m)) for m in modules]), strict=True):
+                each_hooks.weights[module] = dequantize_weight(each)
+                if each_hooks is hooks:
+                    codes[module] = each
+    for each_hooks in (hooks, *fold_hooks):
+        each_hooks.stop = None
+    return Flattened(factors, hooks.clips, codes, hooks, fold_hooks, evidence)
 
 
-def closed_form_factors(
-    block: Block, moments: SiteMoments, forms: dict[Site, Form], seed: int
-) -> dict[Site, Factors]:
+def _split_rows(weight: QuantizedWeight, sizes: list[int]) -> list[QuantizedWeight]:
+    return [
+        dataclasses.replace(weight, codes=codes, scale=scale.contiguous())
+        for codes, scale in zip(weight.codes.split(sizes), weight.scale.split(sizes, dim=1), strict=True)
+    ]
+
+
+def closed_form_factors(block: Block, moments: SiteMoments, forms: dict[Site, Form], seed: int) -> dict[Site, Factors]:
     """Return the closed-form transform of every site; `key` and `value` know identity, rotation and dense."""
     config = block.config
     factors: dict[Site, Factors] = {}
@@ -126,8 +143,8 @@ def closed_form_factors(
 
 
 @dataclasses.dataclass
-class _SiteRounding:
-    """Rounds the linears of one site to what they will really see there."""
+class _SiteFit:
+    """Fits and rounds the linears of one site to what they will really see there."""
 
     block: Block
     folded: Block
@@ -135,28 +152,23 @@ class _SiteRounding:
     outputs: Tensor
     angles: Angles
     hooks: LowBitHooks
+    fold_hooks: list[LowBitHooks]
     reading: Factors
     site: Site
 
-    def run(self, scheme: Scheme, rounding: str) -> tuple[float, list[QuantizedWeight], dict[str, float]]:
-        """Return the clip, the codes of the site's linears, and the evidence."""
+    def run(self, scheme: Scheme) -> tuple[float, list[QuantizedWeight], dict[str, float]]:
+        """Return the clip, the site's linears stacked and rounded (final, then without each fold), and the evidence."""
         form = scheme.linear
-        weights = [self.folded.weight(module) for module in SITE_MODULES[self.site]]
-        weight = torch.cat(weights)
-        self.hooks.stop = self.site
-        first = next(iter(self._inputs(held_out=False)))
+        weight = torch.cat([self.folded.weight(module) for module in SITE_MODULES[self.site]])
+        for hooks in (self.hooks, *self.fold_hooks):
+            hooks.stop = self.site
+        first = next(self._inputs(0))
         clip = search_clip(first.seen[:_CLIP_ROWS], weight, form, first.weights[:_CLIP_ROWS])
-        n = weight.shape[1]
-        hessian = torch.zeros(n, n, dtype=torch.float64, device=weight.device)
-        cross = torch.zeros_like(hessian)
-        for rows in self._inputs(held_out=False):
-            rounded = round_activation(rows.seen, form.activation_bits, clip)
-            weighted = rounded * rows.weights[:, None]
-            hessian += (weighted.T @ rounded).double()
-            cross += (rows.target.T @ weighted).double()
+        sums = [self._sums(fold, form, clip) for fold in range(FOLDS)]
+        hessian, cross = sum(h for h, _ in sums), sum(c for _, c in sums)
         held = [
             (round_activation(rows.seen, form.activation_bits, clip), rows.target @ weight.T, rows.weights)
-            for rows in self._inputs(held_out=True)
+            for rows in self._inputs(None)
         ]
 
         def error(candidate: Tensor) -> float:
@@ -166,31 +178,38 @@ class _SiteRounding:
                 scale += float((token_weights[:, None] * y.square()).sum())
             return total / max(scale, 1e-30)
 
-        evidence = {"clip": clip, "error_before_rounding": error(weight)}
-        if rounding == "nearest":
-            best = weight
-        else:
-            tried = {0.0: (evidence["error_before_rounding"], weight)}
-            for ridge in _RIDGES:
-                candidate = compensate(weight, hessian, cross, ridge).float()
-                tried[ridge] = (error(candidate), candidate)
-            ridge = min(tried, key=lambda r: tried[r][0])
-            evidence |= {"ridge": ridge, "error_compensated": tried[ridge][0]}
-            best = tried[ridge][1]
-        quantize = gptq if rounding == "gptq" else None
-        whole = gptq(best, hessian, form) if quantize else quantize_weight(best, form)
-        evidence["error"] = error(dequantize_weight(whole))
-        parts, start = [], 0
-        for each in weights:
-            rows = slice(start, start + len(each))
-            parts.append(dataclasses.replace(whole, codes=whole.codes[rows], scale=whole.scale[:, rows].contiguous()))
-            start += len(each)
-        return clip, parts, evidence
+        errors = {ridge: error(compensate(weight, hessian, cross, ridge).float()) for ridge in _RIDGES}
+        ridge = min(errors, key=lambda r: errors[r])
+        evidence = {
+            "clip": clip,
+            "error_before_rounding": error(weight),
+            "ridge": ridge,
+            "error_compensated": errors[ridge],
+        }
+        rounded = [gptq(compensate(weight, hessian, cross, ridge).float(), hessian, form)]
+        for fold_hessian, fold_cross in sums:
+            others = hessian - fold_hessian, cross - fold_cross
+            rounded.append(gptq(compensate(weight, *others, ridge).float(), others[0], form))
+        evidence["error"] = error(dequantize_weight(rounded[0]))
+        return clip, rounded, evidence
 
-    def _inputs(self, held_out: bool) -> "Iterator[_Rows]":
-        for part in self.streams.batches(held_out):
+    def _sums(self, fold: int, form: LinearFormat, clip: float) -> tuple[Tensor, Tensor]:
+        """Return Xq^T Xq and X^T Xq of a fold, float64 [n, n]."""
+        n = self.folded.weight(SITE_MODULES[self.site][0]).shape[1]
+        hessian, cross = torch.zeros(2, n, n, dtype=torch.float64, device=self.outputs.device)
+        for rows in self._inputs(fold):
+            rounded = round_activation(rows.seen, form.activation_bits, clip)
+            weighted = rounded * rows.weights[:, None]
+            hessian += weighted.T @ rounded
+            cross += rows.target.T @ weighted
+        return hessian, cross
+
+    def _inputs(self, fold: int | None) -> "Iterator[_Rows]":
+        """Yield what comes to the site in a fold, or in the sequences held out."""
+        hooks = self.hooks if fold is None else self.fold_hooks[fold]
+        for part in self.streams.batches(fold, held_out=fold is None):
             target = _run_to_stop(self.block, _Stopping(self.block, self.site), self.streams.target[part], self.angles)
-            seen = _run_to_stop(self.block, self.hooks, self.streams.seen[part], self.angles)
+            seen = _run_to_stop(self.block, hooks, self.streams.seen[part], self.angles)
             if self.site in RESIDUAL_SITES:
                 weights = residual_weights(self.outputs[part])
             else:

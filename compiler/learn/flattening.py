@@ -12,6 +12,7 @@ from torch import Tensor
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.files import write_json
+from planish.compiler.errors import CalibrationError
 from planish.compiler.learn.block import Angles, Block, FloatHooks, read_block, run_block
 from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.flatten_block import Flattened, flatten_block
@@ -25,14 +26,21 @@ from planish.passes.transforms import SITES, LayerTransforms, Site, Transforms
 __all__ = ["flatten_checkpoint", "held_out_sequences", "read_evidence"]
 
 _EVIDENCE = "evidence.json"
+_FEWEST = 4
 
 
 def held_out_sequences(sequences: int) -> int:
     """Return how many of the calibration sequences nothing is fitted to: an eighth, and one at least.
 
-    A single sequence is fitted to and measured on; there is no other.
+    Raises:
+        CalibrationError: if there are too few sequences to fit to some and measure on others.
     """
-    return 0 if sequences == 1 else max(1, sequences // 8)
+    if sequences < _FEWEST:
+        raise CalibrationError(
+            f"{sequences} calibration sequences are too few to fit to some and measure on others. "
+            f"Ask for {_FEWEST} or more (--nsamples)."
+        )
+    return max(1, sequences // 8)
 
 
 @torch.no_grad()
@@ -60,7 +68,7 @@ def flatten_checkpoint(
         progress: (blocks done, blocks in all).
 
     Raises:
-        CalibrationError: if a block's activations are not finite.
+        CalibrationError: if there are too few sequences, or a block's activations are not finite.
     """
     config, count = checkpoint.config, checkpoint.config.num_hidden_layers
     files = StreamFiles(folder, held_out_sequences(len(token_ids)))
@@ -72,11 +80,16 @@ def flatten_checkpoint(
         for layer in range(files.newest() or 0, count):
             block, streams = read_block(checkpoint, layer), files.open(layer)
             outputs = torch.cat([run_block(config, FloatHooks(block), x, angles) for x in streams.target.split(4)])
+            if not outputs.isfinite().all():
+                raise CalibrationError(
+                    f"Decoder block {layer} makes NaN or infinity of the calibration text. Check the checkpoint, "
+                    "or calibrate on other text."
+                )
             flattened = flatten_block(block, streams, outputs, scheme, forms[layer], seed + layer)
             _keep(folder / f"layer-{layer}", layer, block, flattened, codes)
 
-            def seen(x: Tensor, flattened: Flattened = flattened) -> Tensor:
-                return run_block(config, flattened.hooks, x, angles)
+            def seen(x: Tensor, fold: int | None, flattened: Flattened = flattened) -> Tensor:
+                return run_block(config, flattened.hooks if fold is None else flattened.fold_hooks[fold], x, angles)
 
             files.advance(layer, outputs, seen)
             if progress:

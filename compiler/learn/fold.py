@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from planish.compiler.learn.block import SITE_MODULES, Block

@@ -37,7 +37,7 @@ class Learning:
     """
 
     steps: int = 200
-    tokens: int = 512
+    tokens: int = 256
     rate: float = 2e-2
     bound: float = math.log(4)
 

@@ -173,9 +173,7 @@ class _Compile:
         verification = self._timed(
             "verify", lambda: verify(checkpoint, self.scheme, codes, checked / MODEL_FILE, tokens, transforms)
         )
-        plan = self._timed(
-            "plan", lambda: make_plan(checkpoint, self.scheme, codes, left_float, self._steps("plan"))
-        )
+        plan = self._timed("plan", lambda: make_plan(checkpoint, self.scheme, codes, left_float, self._steps("plan")))
         if flattening is not None:
             plan["transforms"] = flattening.plan
             save_transforms(flattening.transforms, bundle)

@@ -77,7 +77,7 @@ def measure_forms(
                 block, streams = read_block(checkpoint, layer), files.open(layer)
                 outputs = torch.cat([run_block(config, FloatHooks(block), x, angles) for x in streams.target.split(4)])
                 measured = _measure_block(block, streams, outputs, angles, scheme)
-                files.advance(layer, outputs, lambda x: x)
+                files.advance(layer, outputs, lambda x, fold: x)
                 write_json(path, dataclasses.asdict(measured))
             found.append(FormErrors(**json.loads(path.read_text(encoding="utf-8"))))
             progress.step("measure transforms", layer + 1, config.num_hidden_layers)
@@ -107,7 +107,7 @@ def _measure_block(block: Block, streams: Streams, outputs: Tensor, angles: Angl
 
 def _held_out_error(block: Block, hooks: "_OneSite", streams: Streams, outputs: Tensor, angles: Angles) -> float:
     errors = []
-    for part in streams.batches(held_out=streams.held_out > 0):
+    for part in streams.batches(held_out=True):
         y = outputs[part]
         lost = run_block(block.config, hooks, streams.target[part], angles) - y
         errors.append((lost.square().sum(-1) / y.square().sum(-1).clamp_min(1e-12)).flatten())

@@ -112,7 +112,7 @@ def run_block(config: LlamaConfig, hooks: Hooks, x: Tensor, angles: Angles) -> T
     h = _norm(x, hooks.gain("input_layernorm"), config.rms_norm_eps)
     h = hooks.site("attn_in", h)
     query, key, value = (
-        hooks.linear(module, h).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+        torch.unflatten(hooks.linear(module, h), -1, (-1, config.head_dim)).transpose(1, 2)
         for module in SITE_MODULES["attn_in"]
     )
     query, key, value = hooks.heads(_rotate(query, angles), _rotate(key, angles), value)

@@ -20,9 +20,9 @@ _FLIPS = 8
 
 
 def rms_scale(inputs: Tensor, weights: Tensor) -> Tensor:
-    """Return the channel scale [n] that x is multiplied with, of geometric mean 1, given the diagonals of the moments."""
-    damped_x, damped_w = inputs + _DAMPING * inputs.mean(), weights + _DAMPING * weights.mean()
-    scale = (damped_w / damped_x) ** 0.25
+    """Return the channel scale [n] that x is multiplied with, of geometric mean 1, given the moments' diagonals."""
+    damped_x, damped_w = (each + _DAMPING * _level(each) for each in (inputs, weights))
+    scale: Tensor = (damped_w / damped_x) ** 0.25
     return scale / scale.log().mean().exp()
 
 
@@ -46,7 +46,7 @@ def block_means(inputs: Tensor, weights: Tensor, size: int) -> tuple[Tensor, Ten
     blocks = [torch.stack([s[i : i + size, i : i + size] for i in range(0, len(s), size)]) for s in (inputs, weights)]
     # One damping for all blocks: a block of quiet channels must not be whitened louder than the rest.
     damped = [
-        b + _DAMPING * s.diagonal().mean() * torch.eye(size, dtype=s.dtype, device=s.device)
+        b + _DAMPING * _level(s.diagonal()) * torch.eye(size, dtype=s.dtype, device=s.device)
         for b, s in zip(blocks, (inputs, weights), strict=True)
     ]
     return geometric_mean(*damped), blocks[0]
@@ -86,8 +86,17 @@ def head_transforms(stored: Tensor, reader: Tensor, mixing: Tensor) -> Tensor:
 
 def _damped(moment: Tensor) -> Tensor:
     n = moment.shape[-1]
-    level = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-30)
+    level = _level(moment.diagonal(dim1=-2, dim2=-1))[..., None, None]
     return moment + _DAMPING * level * torch.eye(n, dtype=moment.dtype, device=moment.device)
+
+
+def _level(diagonal: Tensor) -> Tensor:
+    """Return what damping is measured by, the mean over the last dimension; 1 where nothing at all was multiplied.
+
+    Blocks that were added to a model and never trained have weights of zeros, and inputs of zeros behind them.
+    """
+    mean = diagonal.mean(-1)
+    return torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
 def _powers(matrix: Tensor) -> tuple[Tensor, Tensor]:

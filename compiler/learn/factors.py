@@ -1,4 +1,4 @@
-"""The factors of a transform as PyTorch tensors: what `planish.passes.transforms` defines, on a device and with gradients."""
+"""The factors of a transform as PyTorch tensors: what passes/transforms.py defines, on a device and with gradients."""
 
 import dataclasses
 from typing import Self
@@ -52,11 +52,11 @@ class Factors:
     def _map(x: Tensor, right: Tensor | None, left: Tensor | None) -> Tensor:
         if right is not None:
             right = right.to(x.dtype)
-            rows = x.unflatten(-1, (-1, right.shape[-1]))
+            rows = torch.unflatten(x, -1, (-1, right.shape[-1]))
             # One product per row of the grid, over all tokens at once, where rows have factors of their own.
             by_row = rows.flatten(0, -3).transpose(0, 1) @ right if len(right) > 1 else None
             rows = rows @ right[0] if by_row is None else by_row.transpose(0, 1).reshape(rows.shape)
             x = rows.flatten(-2)
         if left is not None:
-            x = (left.to(x.dtype).mT @ x.unflatten(-1, (len(left), -1))).flatten(-2)
+            x = (left.to(x.dtype).mT @ torch.unflatten(x, -1, (len(left), -1))).flatten(-2)
         return x

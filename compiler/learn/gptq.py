@@ -31,7 +31,8 @@ def compensate(weight: Tensor, hessian: Tensor, cross: Tensor, ridge: float) -> 
     """
     n = len(hessian)
     eye = torch.eye(n, dtype=hessian.dtype, device=hessian.device) * (ridge * hessian.diagonal().mean() + 1e-30)
-    return torch.linalg.solve(hessian + eye, (cross + eye).T @ weight.to(hessian.dtype).T).T
+    best: Tensor = torch.linalg.solve(hessian + eye, (cross + eye).T @ weight.to(hessian.dtype).T).T
+    return best
 
 
 def gptq(weight: Tensor, hessian: Tensor, form: LinearFormat) -> QuantizedWeight:
@@ -85,4 +86,5 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     # Decomposed from the last column to the first, the Hessian is R R^T with R upper; then R^-1 is the factor sought.
     reversed_lower = torch.linalg.cholesky((hessian / level + _DAMPING * eye).flip(0, 1))
-    return torch.linalg.solve_triangular(reversed_lower.flip(0, 1), eye, upper=True)
+    factor: Tensor = torch.linalg.solve_triangular(reversed_lower.flip(0, 1), eye, upper=True)
+    return factor

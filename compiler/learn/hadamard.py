@@ -57,7 +57,8 @@ def hadamard(order: int) -> Matrix:
     core = _core(order)
     if core is None:
         raise ValueError(f"no Hadamard matrix of order {order} is known here")
-    return np.kron(sylvester(order // core), _paley(core)) / order**0.5
+    matrix: Matrix = np.kron(sylvester(order // core), _paley(core)) / order**0.5
+    return matrix
 
 
 def _core(order: int) -> int | None:
@@ -92,7 +93,8 @@ def _residues(q: int) -> Matrix:
     character[[i * i % q for i in range(1, q)]] = 1
     character[0] = 0
     indices = np.arange(q)
-    return character[(indices[:, None] - indices) % q]
+    matrix: Matrix = character[(indices[:, None] - indices) % q]
+    return matrix
 
 
 def _is_prime(n: int) -> bool:

@@ -57,7 +57,7 @@ def gather_moments(block: Block, batches: Iterable[Tensor], angles: Angles) -> S
     for site, modules in SITE_MODULES.items():
         stacked = torch.cat([block.weight(module) for module in modules]).double()
         weights[site] = stacked.T @ stacked / len(stacked)
-    columns = block.weight("self_attn.o_proj").double().unflatten(1, (-1, config.head_dim))
+    columns = torch.unflatten(block.weight("self_attn.o_proj").double(), 1, (-1, config.head_dim))
     readers = torch.einsum("ohd,ohe->hde", columns, columns)
     return SiteMoments(
         {site: hooks.sums[site] / hooks.tokens for site in SITE_MODULES},
@@ -98,4 +98,4 @@ class _Recording(FloatHooks):
 
 
 def _over_groups(moments: Tensor, groups: int) -> Tensor:
-    return moments.unflatten(0, (-1, groups)).sum(1)
+    return torch.unflatten(moments, 0, (-1, groups)).sum(1)

@@ -15,7 +15,7 @@ from planish.compiler.checkpoint.files import write_json
 from planish.compiler.errors import CalibrationError
 from planish.compiler.learn.block import Angles, Block, FloatHooks, read_block, run_block
 from planish.compiler.learn.candidates import Form
-from planish.compiler.learn.flatten_block import Flattened, flatten_block
+from planish.compiler.learn.flatten_block import Flattened, Steps, flatten_block
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.quantize.codes import CodesOnDisk
@@ -53,6 +53,7 @@ def flatten_checkpoint(
     codes: CodesOnDisk,
     *,
     seed: int = 0,
+    steps: Steps | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Transforms:
     """Flatten every block, write its codes to `codes`, and return the transforms.
@@ -65,6 +66,7 @@ def flatten_checkpoint(
         folder: to work in.
         codes: where codes go.
         seed: of the rotations' signs.
+        steps: see `Steps`; None is all of them.
         progress: (blocks done, blocks in all).
 
     Raises:
@@ -79,17 +81,19 @@ def flatten_checkpoint(
     with fast_products():
         for layer in range(files.newest() or 0, count):
             block, streams = read_block(checkpoint, layer), files.open(layer)
-            outputs = torch.cat([run_block(config, FloatHooks(block), x, angles) for x in streams.target.split(4)])
+            outputs = torch.cat(
+                [run_block(config, FloatHooks(block), x, angles) for x in torch.split(streams.target, 4)]
+            )
             if not outputs.isfinite().all():
                 raise CalibrationError(
                     f"Decoder block {layer} makes NaN or infinity of the calibration text. Check the checkpoint, "
                     "or calibrate on other text."
                 )
-            flattened = flatten_block(block, streams, outputs, scheme, forms[layer], seed + layer)
+            flattened = flatten_block(block, streams, outputs, scheme, forms[layer], seed + layer, steps)
             _keep(folder / f"layer-{layer}", layer, block, flattened, codes)
 
-            def seen(x: Tensor, fold: int | None, flattened: Flattened = flattened) -> Tensor:
-                return run_block(config, flattened.hooks if fold is None else flattened.fold_hooks[fold], x, angles)
+            def seen(x: Tensor, flattened: Flattened = flattened) -> Tensor:
+                return run_block(config, flattened.hooks, x, angles)
 
             files.advance(layer, outputs, seen)
             if progress:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from planish.compiler.learn.flatten_block import FOLDS, Streams
+from planish.compiler.learn.flatten_block import Streams
 
 __all__ = ["StreamFiles"]
 
@@ -39,21 +39,21 @@ class StreamFiles:
         target, seen = torch.from_numpy(np.load(self._path(layer), mmap_mode="c"))
         return Streams(target, seen, self._held_out)
 
-    def advance(self, layer: int, outputs: Tensor, seen: Callable[[Tensor, int | None], Tensor]) -> None:
+    def advance(self, layer: int, outputs: Tensor, seen: Callable[[Tensor], Tensor]) -> None:
         """Write the inputs of the block after `layer`.
 
         Args:
             layer: the block that was computed.
             outputs: its float outputs.
-            seen: its quantised outputs for inputs that belong to a fold, or, with None, to the sequences held out.
+            seen: its quantised outputs for its quantised inputs.
         """
         streams = self.open(layer)
 
         def fill(file: np.ndarray) -> None:
             file[0] = outputs.numpy()
-            for fold in (*range(FOLDS), None):
-                for part in streams.batches(fold, held_out=fold is None):
-                    file[1, part] = seen(streams.seen[part], fold).numpy()
+            for held_out in (False, True):
+                for part in streams.batches(held_out=held_out):
+                    file[1, part] = seen(streams.seen[part]).numpy()
 
         self._write(layer + 1, tuple(outputs.shape), fill)
         self._path(layer).unlink()

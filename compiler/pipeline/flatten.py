@@ -15,6 +15,7 @@ from planish.compiler.learn.transformed import TransformedCheckpoint
 from planish.compiler.progress import Progress
 from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.select.choose_forms import choose_forms
+from planish.compiler.select.forms import online_flops
 from planish.compiler.select.policy import SelectionPolicy
 from planish.compiler.select.site_choice import SiteChoice, transforms_entry
 from planish.passes.scheme import Scheme
@@ -70,7 +71,7 @@ def flatten(
             site=site,
             form=each.forms[site],
             kind=kind_of(each.forms[site]),
-            cost_flops=transforms.layers[layer][site].flops if site != "value" else 0,
+            cost_flops=online_flops(site, transforms.layers[layer][site], checkpoint.config),
             error=measured[layer].get(site, {}).get("error"),
             evidence={**each.evidence.get(site, {}), **measured[layer].get(site, {})},
         )

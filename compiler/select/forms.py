@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 
+from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.learn.candidates import Form
 from planish.compiler.select.kurtosis import Group
-from planish.passes.transforms import Kind, Site
+from planish.passes.transforms import Kind, Site, Transform
 
-__all__ = ["SITE_GROUPS", "forms_of_groups"]
+__all__ = ["SITE_GROUPS", "forms_of_groups", "online_flops"]
 
 #: Group of linears -> the sites in front of them. The kind of a group is that of all its sites.
 SITE_GROUPS: dict[Group, tuple[Site, ...]] = {
@@ -29,3 +30,13 @@ _FORMS: dict[Site, dict[Kind, Form]] = {
 def forms_of_groups(kinds: Mapping[Group, Kind]) -> dict[Site, Form]:
     """Return the form at every site of a block, given the kind of each of its groups."""
     return {site: _FORMS[site][kinds[group]] for group, sites in SITE_GROUPS.items() for site in sites}
+
+
+def online_flops(site: Site, transform: Transform, config: LlamaConfig) -> int:
+    """Return the FLOPs per token that a transform costs at run time.
+
+    The value map folds into weights; the key map is applied to keys, and its inverse to every query head.
+    """
+    if site == "value":
+        return 0
+    return transform.flops * (1 + config.groups if site == "key" else 1)

@@ -23,6 +23,7 @@ from planish.compiler.learn.site_moments import gather_moments, residual_weights
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.progress import Progress
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
+from planish.compiler.select.forms import online_flops
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, Site
 
@@ -75,9 +76,11 @@ def measure_forms(
             path = folder / f"forms-{layer}.json"
             if not path.exists():
                 block, streams = read_block(checkpoint, layer), files.open(layer)
-                outputs = torch.cat([run_block(config, FloatHooks(block), x, angles) for x in streams.target.split(4)])
+                outputs = torch.cat(
+                    [run_block(config, FloatHooks(block), x, angles) for x in torch.split(streams.target, 4)]
+                )
                 measured = _measure_block(block, streams, outputs, angles, scheme)
-                files.advance(layer, outputs, lambda x, fold: x)
+                files.advance(layer, outputs, lambda x: x)
                 write_json(path, dataclasses.asdict(measured))
             found.append(FormErrors(**json.loads(path.read_text(encoding="utf-8"))))
             progress.step("measure transforms", layer + 1, config.num_hidden_layers)
@@ -101,7 +104,7 @@ def _measure_block(block: Block, streams: Streams, outputs: Tensor, angles: Angl
                 hooks.round_linears(rows, weights[:_CLIP_ROWS])
             result.errors[site][form] = _held_out_error(block, hooks, streams, outputs, angles)
             width = widths.get(site, block.config.kv_size)
-            result.flops[site][form] = 0 if site == "value" else factors.stored(width).flops
+            result.flops[site][form] = online_flops(site, factors.stored(width), block.config)
     return result
 
 
@@ -169,4 +172,5 @@ class _OneSite(FloatHooks):
         right = self._factors.right
         if right is None:
             return round_cached(x, bits)
-        return round_cached(x @ right, bits) @ torch.linalg.inv(right)
+        back: Tensor = torch.linalg.inv(right)
+        return round_cached(x @ right, bits) @ back

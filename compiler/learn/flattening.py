@@ -1,7 +1,9 @@
 """Flatten a checkpoint block after block, on disk: a killed run goes on behind the last finished block."""
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.files import write_json
 from planish.compiler.errors import CalibrationError
 from planish.compiler.learn.block import Angles, Block, FloatHooks, read_block, run_block
 from planish.compiler.learn.candidates import Form
-from planish.compiler.learn.flatten_block import Flattened, Steps, flatten_block
+from planish.compiler.learn.flatten_block import Flattened, Steps, Streams, flatten_block
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.quantize.codes import CodesOnDisk
@@ -23,7 +26,7 @@ from planish.compiler.select.plan_file import load_transforms, save_transforms
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, LayerTransforms, Site, Transforms
 
-__all__ = ["flatten_checkpoint", "held_out_sequences", "read_evidence"]
+__all__ = ["finite_outputs", "flatten_checkpoint", "held_out_sequences", "naming_block", "read_evidence"]
 
 _EVIDENCE = "evidence.json"
 _FEWEST = 4
@@ -81,15 +84,10 @@ def flatten_checkpoint(
     with fast_products():
         for layer in range(files.newest() or 0, count):
             block, streams = read_block(checkpoint, layer), files.open(layer)
-            outputs = torch.cat(
-                [run_block(config, FloatHooks(block), x, angles) for x in torch.split(streams.target, 4)]
-            )
-            if not outputs.isfinite().all():
-                raise CalibrationError(
-                    f"Decoder block {layer} makes NaN or infinity of the calibration text. Check the checkpoint, "
-                    "or calibrate on other text."
-                )
-            flattened = flatten_block(block, streams, outputs, scheme, forms[layer], seed + layer, steps)
+            outputs = finite_outputs(block, streams, angles, layer)
+            with naming_block(layer):
+                flattened = flatten_block(block, streams, outputs, scheme, forms[layer], seed + layer, steps)
+                _check(flattened)
             _keep(folder / f"layer-{layer}", layer, block, flattened, codes)
 
             def seen(x: Tensor, flattened: Flattened = flattened) -> Tensor:
@@ -100,6 +98,40 @@ def flatten_checkpoint(
                 progress(layer + 1, count)
     one = config.with_num_layers(1)
     return Transforms(tuple(load_transforms(folder / f"layer-{i}", one).layers[0] for i in range(count)))
+
+
+def finite_outputs(block: Block, streams: Streams, angles: Angles, layer: int) -> Tensor:
+    """Return what the float block makes of the float stream, [sequences, seq, hidden].
+
+    Raises:
+        CalibrationError: if that is not finite.
+    """
+    parts = [run_block(block.config, FloatHooks(block), x, angles) for x in torch.split(streams.target, 4)]
+    outputs = torch.cat(parts)
+    if not outputs.isfinite().all():
+        raise CalibrationError(
+            f"Decoder block {layer} makes NaN or infinity of the calibration text. Check the checkpoint, or calibrate "
+            "on other text."
+        )
+    return outputs
+
+
+@contextlib.contextmanager
+def naming_block(layer: int) -> Iterator[None]:
+    """Turn what arithmetic with NaN or infinity ends in into a CalibrationError that names the block."""
+    try:
+        yield
+    except (CalibrationError, LinAlgError, ValueError) as error:
+        raise CalibrationError(
+            f"Decoder block {layer} cannot be flattened: {str(error).rstrip('.')}. Check the checkpoint, or calibrate "
+            "on other text."
+        ) from error
+
+
+def _check(flattened: Flattened) -> None:
+    for site, evidence in flattened.evidence.items():
+        if not math.isfinite(evidence["error"]):
+            raise CalibrationError(f"rounding at {site} gives NaN or infinity")
 
 
 def read_evidence(folder: Path, layers: int) -> list[dict[str, Any]]:

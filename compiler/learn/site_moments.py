@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from planish.compiler.errors import CalibrationError
 from planish.compiler.learn.block import SITE_MODULES, Angles, Block, FloatHooks, run_block
 from planish.passes.transforms import Site
 
@@ -47,11 +48,18 @@ def residual_weights(output: Tensor) -> Tensor:
 
 
 def gather_moments(block: Block, batches: Iterable[Tensor], angles: Angles) -> SiteMoments:
-    """Run the float block over its inputs, [batch, seq, hidden] each, and return the moments."""
+    """Run the float block over its inputs, [batch, seq, hidden] each, and return the moments.
+
+    Raises:
+        CalibrationError: if one is not finite; the message names the site.
+    """
     hooks = _Recording(block)
     for x in batches:
         output = run_block(block.config, hooks, x, angles)
         hooks.add(residual_weights(output))
+    for name, moment in hooks.sums.items():
+        if not moment.isfinite().all():
+            raise CalibrationError(f"what flows at {name} is too large for float32, or not finite")
     config = block.config
     weights = {}
     for site, modules in SITE_MODULES.items():

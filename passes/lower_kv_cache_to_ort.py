@@ -57,10 +57,11 @@ class LowerKvCacheToOrtPass(ir.passes.InPlacePass):
 
 @dataclasses.dataclass(frozen=True)
 class _Append:
-    """One PlanishAppendKv: its node, its bits, and the three-dimensional keys or values it quantises."""
+    """One PlanishAppendKv: its node, bits and clip, and the three-dimensional keys or values it quantises."""
 
     node: ir.Node
     bits: int
+    clip: np.float32
     x: ir.Value
 
     @classmethod
@@ -72,7 +73,8 @@ class _Append:
         reshape = _producer(transpose.inputs[0])
         x = reshape.inputs[0]
         assert x is not None
-        return cls(node, int(node.op_type.removeprefix("PlanishAppendKv")), x)
+        bits, clip = int(node.op_type.removeprefix("PlanishAppendKv")), np.float32(node.attributes.get_float("clip"))
+        return cls(node, bits, clip, x)
 
 
 def _lower(graph: ir.Graph, attend: ir.Node, blocks: QueryBlocks, tables: HeadTables) -> None:
@@ -109,20 +111,26 @@ def _append(build: Builder, name: str, key: _Append, value: _Append, x: ir.Value
 
     QuantizeLinear's saturation at 0 is the lower clamp.
     """
-    kv, bits = heads.kv_heads, (key.bits, value.bits)
+    kv, bits, clips = heads.kv_heads, (key.bits, value.bits), (key.clip, value.clip)
     past_key, past_value = key.node.inputs[1], value.node.inputs[1]
 
-    def per_bits(values: tuple[int, int], dtype: type[np.generic], suffix: str) -> ir.Value:
+    def per_side(values: tuple[float, float], dtype: type[np.generic], suffix: str) -> ir.Value:
         array = np.repeat(np.asarray(values, dtype), kv).reshape(1, 1, 2 * kv, 1)
-        return build.initializer(array if bits[0] != bits[1] else array[:, :, :1], f"{name}.{suffix}")
+        return build.initializer(array if values[0] != values[1] else array[:, :, :1], f"{name}.{suffix}")
 
     largest = (2 ** bits[0] - 1, 2 ** bits[1] - 1)
+    levels = (np.float32(largest[0]) / clips[0], np.float32(largest[1]) / clips[1])
     axis = build.ints([-1], f"{name}.axis")
     maximum, minimum = (build.op(f"Reduce{kind}", [x, axis], f"{name}.{kind.lower()}") for kind in ("Max", "Min"))
     span = build.op("Sub", [maximum, minimum], f"{name}.span")
-    step = build.op("Div", [span, per_bits(largest, np.float32, "levels")], f"{name}.step")
+    step = build.op("Div", [span, per_side(levels, np.float32, "levels")], f"{name}.step")
     bounded = build.op("Max", [step, build.floats(SMALLEST_KV_SCALE, f"{name}.smallest")], f"{name}.bounded")
-    pair = build.op("Concat", [bounded, minimum], f"{name}.pair", axis=2)
+    lowest = minimum
+    if min(clips) < 1:
+        margins = ((1 - clips[0]) / np.float32(2), (1 - clips[1]) / np.float32(2))
+        left_out = build.op("Mul", [span, per_side(margins, np.float32, "margins")], f"{name}.left_out")
+        lowest = build.op("Add", [minimum, left_out], f"{name}.lowest")
+    pair = build.op("Concat", [bounded, lowest], f"{name}.pair", axis=2)
     stored = build.op("Cast", [pair], f"{name}.stored", to=ir.DataType.FLOAT16)
     restored = build.op("Cast", [stored], f"{name}.restored", to=ir.DataType.FLOAT)
     scale, zero = build.ops("Split", [restored], f"{name}.new_scale", 2, axis=2, num_outputs=2)
@@ -137,7 +145,7 @@ def _append(build: Builder, name: str, key: _Append, value: _Append, x: ir.Value
         output_dtype=ir.DataType.UINT8,
     )
     if clamps:
-        codes = build.op("Min", [codes, per_bits(largest, np.uint8, "top")], f"{name}.codes")
+        codes = build.op("Min", [codes, per_side(largest, np.uint8, "top")], f"{name}.codes")
     if bits[0] == bits[1]:
         packed = _heads_first(build, _pack(build, codes, bits[0], f"{name}.packed"), f"{name}.heads_first")
         new = build.ops("Split", [packed], f"{name}.packed_part", 2, axis=1, num_outputs=2)

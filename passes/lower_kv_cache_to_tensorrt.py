@@ -171,14 +171,14 @@ def _low_bit_sides(build: Builder, node: ir.Node, name: str) -> list[_Side]:
         assert past is not None
         assert past.shape is not None
         bits = _APPENDS[append.op_type]
-        new = _round_to_codes(build, x, bits, f"{name}.{part}")
+        new = _round_to_codes(build, x, bits, np.float32(append.attributes.get_float("clip")), f"{name}.{part}")
         heads, head_dim = _fixed(past.shape[1]), _fixed(past.shape[3]) * 8 // bits
         present, present_scale = append.outputs
         sides.append(_Side(f"{name}.{part}", new, past, present, heads, head_dim, append, past_scale, present_scale))
     return sides
 
 
-def _round_to_codes(build: Builder, x: ir.Value, bits: int, name: str) -> ir.Value:
+def _round_to_codes(build: Builder, x: ir.Value, bits: int, clip: np.float32, name: str) -> ir.Value:
     """Return what PlanishAppendKv's codes of `x`, float [batch, kv_heads, sequence, head_dim], stand for."""
     last, highest = build.ints([-1], f"{name}.last_axis"), build.floats(2**bits - 1, f"{name}.highest")
 
@@ -187,9 +187,16 @@ def _round_to_codes(build: Builder, x: ir.Value, bits: int, name: str) -> ir.Val
         return build.op("Cast", [half], f"{name}.{part}", to=ir.DataType.FLOAT)
 
     maximum, minimum = (build.op(f"Reduce{end}", [x, last], f"{name}.{end.lower()}") for end in ("Max", "Min"))
-    step = build.op("Div", [build.op("Sub", [maximum, minimum], f"{name}.span"), highest], f"{name}.step")
+    span = build.op("Sub", [maximum, minimum], f"{name}.span")
+    levels, lowest = highest, minimum
+    if clip < 1:
+        levels = build.floats(np.float32(2**bits - 1) / clip, f"{name}.levels")
+        margin = build.floats((1 - clip) / np.float32(2), f"{name}.margin")
+        left_out = build.op("Mul", [span, margin], f"{name}.left_out")
+        lowest = build.op("Add", [minimum, left_out], f"{name}.lowest_number")
+    step = build.op("Div", [span, levels], f"{name}.step")
     bounded = build.op("Max", [step, build.floats(SMALLEST_KV_SCALE, f"{name}.smallest")], f"{name}.bounded_step")
-    scale, zero = as_stored(bounded, "scale"), as_stored(minimum, "zero")
+    scale, zero = as_stored(bounded, "scale"), as_stored(lowest, "zero")
     steps = build.op("Div", [build.op("Sub", [x, zero], f"{name}.offset"), scale], f"{name}.steps")
     rounded = build.op("Round", [steps], f"{name}.rounded")
     codes = build.op("Clip", [rounded, build.floats(0.0, f"{name}.lowest"), highest], f"{name}.codes")

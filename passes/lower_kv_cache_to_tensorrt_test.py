@@ -16,6 +16,7 @@ from planish.compiler.quantize.codes import quantize_checkpoint
 from planish.passes.lower_kv_cache_to_tensorrt import LowerKvCacheToTensorrtPass
 from planish.passes.scheme import Scheme
 from planish.plugins.packing import unpack
+from tests.cache_clips import clipping_transforms
 from tests.fixed_cache import FixedCacheModel
 from tests.onnx_run import CachedModel, range_error
 from tests.tiny import write_tiny
@@ -36,13 +37,14 @@ def scheme(request: pytest.FixtureRequest) -> Scheme:
     return Scheme.parse(request.param, lm_head="w16a16")
 
 
-@pytest.fixture(scope="module", params=["gqa", "mha"])
+@pytest.fixture(scope="module", params=["gqa", "mha", "clipped"])
 def pair(request: pytest.FixtureRequest, scheme: Scheme, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("cache")
-    heads = 2 if request.param == "gqa" else 4
+    heads = 4 if request.param == "mha" else 2
     checkpoint = open_checkpoint(write_tiny(folder / "checkpoint", num_key_value_heads=heads))
     codes = quantize_checkpoint(checkpoint, scheme, folder / "codes")
-    model, _ = portable_model(checkpoint, scheme, codes)
+    transforms = clipping_transforms(checkpoint.config) if request.param == "clipped" else None
+    model, _ = portable_model(checkpoint, scheme, codes, transforms)
     lowered = model.clone()
     LowerKvCacheToTensorrtPass(CONTEXT)(lowered)
     common.RemoveUnusedNodesPass()(lowered)
@@ -114,3 +116,9 @@ def test_inputs_and_outputs_keep_their_names_and_have_fixed_length(pair: Pair) -
         assert value.shape[2] == CONTEXT
         assert "scale" not in str(value.name)
     assert not LowerKvCacheToTensorrtPass(CONTEXT)(ir.load(pair.lowered)).modified
+
+
+def test_a_clip_of_one_costs_nothing(pair: Pair, scheme: Scheme, request: pytest.FixtureRequest) -> None:
+    clipped = "clipped" in request.node.callspec.id and scheme.quantizes_cache
+    additions = [node for node in ir.load(pair.lowered).graph if str(node.name).endswith(".left_out")]
+    assert len(additions) == (4 if clipped else 0)

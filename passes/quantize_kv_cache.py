@@ -1,5 +1,6 @@
 """Quantise the KV cache: Attention over a float cache becomes attention over packed codes."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import onnx_ir as ir
@@ -7,6 +8,7 @@ import onnx_ir as ir
 from planish.passes.builder import Builder, dim, replace_nodes
 from planish.passes.declare import declare
 from planish.passes.scheme import Scheme, SchemeError
+from planish.passes.transforms import Site
 from planish.plugins.ops import DOMAIN, append_kv, attend
 from planish.plugins.packing import packed_size
 
@@ -23,22 +25,27 @@ class QuantizeKvCachePass(ir.passes.InPlacePass):
 
     The cache inputs and outputs become packed bytes under their old names, and each gets a companion `..._scale`
     with the float16 scale and zero of every token and KV head.
+
+    Args:
+        scheme: gives the bits.
+        clips: layer, and the site key or value -> the share of a head's range that the grid spans.
     """
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: Scheme, clips: Callable[[int, Site], float] = lambda layer, site: 1.0) -> None:
         super().__init__()
         self._scheme = scheme
+        self._clips = clips
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Quantise the cache of every layer, unless the scheme leaves it in floating point."""
         if not self._scheme.quantizes_cache:
             return ir.passes.PassResult(model, modified=False)
         nodes = [node for node in model.graph if node.op_type == "Attention" and not node.domain]
-        for node in nodes:
-            self._quantize(model, node)
+        for layer, node in enumerate(nodes):
+            self._quantize(model, node, (self._clips(layer, "key"), self._clips(layer, "value")))
         return ir.passes.PassResult(model, modified=bool(nodes))
 
-    def _quantize(self, model: ir.Model, node: ir.Node) -> None:
+    def _quantize(self, model: ir.Model, node: ir.Node, clips: tuple[float, float]) -> None:
         query, key, value, mask, past_key, past_value = node.inputs
         _, present_key, present_value = node.outputs
         head_dim = dim(past_key, 3)
@@ -50,8 +57,13 @@ class QuantizeKvCachePass(ir.passes.InPlacePass):
         build = Builder()
         scheme, name = self._scheme, str(node.name).removesuffix(".attend")
         heads = node.attributes.get_int("q_num_heads")
-        stored_key = self._store(model, build, key, past_key, present_key, f"{name}.key", scheme.key_bits)
-        stored_value = self._store(model, build, value, past_value, present_value, f"{name}.value", scheme.value_bits)
+        stored_key, stored_value = (
+            self._store(model, build, x, past, present, f"{name}.{role}", bits, clip)
+            for x, past, present, role, bits, clip in (
+                (key, past_key, present_key, "key", scheme.key_bits, clips[0]),
+                (value, past_value, present_value, "value", scheme.value_bits, clips[1]),
+            )
+        )
         op = attend(scheme.key_bits, scheme.value_bits)
         declare(model, op)
         attended = build.op(
@@ -80,6 +92,7 @@ class QuantizeKvCachePass(ir.passes.InPlacePass):
         present: ir.Value,
         name: str,
         bits: int,
+        clip: float,
     ) -> _Stored:
         assert past is not None
         heads, head_dim = dim(past, 1), dim(past, 3)
@@ -92,7 +105,7 @@ class QuantizeKvCachePass(ir.passes.InPlacePass):
             _value(str(past.name), ir.DataType.UINT8, ["batch", heads, "past", packed]),
             _value(f"{past.name}_scale", ir.DataType.FLOAT16, ["batch", heads, "past", 2]),
         )
-        codes, scale = build.ops(op.name, [heads_first, *inputs], f"{name}.append", 2, domain=DOMAIN)
+        codes, scale = build.ops(op.name, [heads_first, *inputs], f"{name}.append", 2, domain=DOMAIN, clip=clip)
         for made, like, output in ((codes, inputs[0], present.name), (scale, inputs[1], f"{present.name}_scale")):
             made.name, made.type = output, like.type
             made.shape = ir.Shape([*(list(like.shape or [])[:2]), "total", *(list(like.shape or [])[3:])])

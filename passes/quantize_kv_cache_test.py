@@ -56,6 +56,17 @@ def test_attention_is_replaced(checkpoint: Checkpoint) -> None:
     assert {"PlanishAppendKv4", "PlanishAppendKv8", "PlanishAttendK4V8", "PlanishPack4", "PlanishUnpack8"} <= functions
 
 
+def test_clips_of_layers_and_sides(checkpoint: Checkpoint) -> None:
+    clips = {(0, "key"): 0.9, (0, "value"): 0.8, (1, "key"): 0.7, (1, "value"): 0.6}
+    model = float_model(checkpoint)
+    QuantizeKvCachePass(Scheme.parse("w16a16k4v8"), lambda layer, site: clips[layer, site])(model)
+    appends = {node.outputs[0].name: node for node in model.graph if node.op_type.startswith("PlanishAppendKv")}
+    found = {name: round(node.attributes.get_float("clip"), 6) for name, node in appends.items()}
+    assert found == {f"present.{layer}.{site}": clip for (layer, site), clip in clips.items()}
+    unclipped = [node for node in quantized(checkpoint, "w16a16k4v8").graph if node.op_type.startswith("PlanishAppend")]
+    assert [node.attributes.get_float("clip") for node in unclipped] == [1.0] * 4
+
+
 def test_a_float_cache_stays(checkpoint: Checkpoint) -> None:
     model = float_model(checkpoint)
     before = described(list(model.graph.inputs))

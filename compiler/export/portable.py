@@ -13,7 +13,7 @@ from planish.passes.quantize_kv_cache import QuantizeKvCachePass
 from planish.passes.quantize_linears import QuantizeLinearsPass
 from planish.passes.scheme import Scheme
 from planish.passes.sequence import run_passes
-from planish.passes.transforms import Transforms
+from planish.passes.transforms import Site, Transforms
 
 __all__ = ["portable_model"]
 
@@ -33,12 +33,15 @@ def portable_model(
         dtype = table if name == "model.embed_tokens.weight" else ir.DataType.FLOAT
         return CheckpointTensor(checkpoint, name, dtype, transpose=transpose)
 
+    def cache_clip(layer: int, site: Site) -> float:
+        return 1.0 if transforms is None else transforms.layers[layer].clip(site)
+
     quantize_linears = QuantizeLinearsPass(scheme, codes, *([] if transforms is None else [transforms.clip]))
     passes = [
         *([] if transforms is None else flatten_passes(transforms)),
         MergeLinearsPass(),
         quantize_linears,
-        QuantizeKvCachePass(scheme),
+        QuantizeKvCachePass(scheme, cache_clip),
         common.RemoveUnusedNodesPass(),
     ]
     return run_passes(build_decoder(checkpoint.config, weight), passes), quantize_linears.left_float

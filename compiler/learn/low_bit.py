@@ -35,7 +35,7 @@ class LowBitHooks:
 
     Attributes:
         weights: float32 [out, in] by module, on their grids, for the modules rounded so far.
-        clips: by site, for the sites done so far.
+        clips: by site, for the sites done so far; of `key` and `value`, the share of a head's range.
         stop: the site to raise `Reached` at, if any.
     """
 
@@ -79,9 +79,10 @@ class LowBitHooks:
             groups = self._folded.config.groups
             query = query @ torch.linalg.inv(self._key_map).mT.repeat_interleave(groups, 0)
             key = key @ self._key_map
-        return query, round_cached(key, self._scheme.key_bits), round_cached(value, self._scheme.value_bits)
+        key = round_cached(key, self._scheme.key_bits, self.clips.get("key", 1.0))
+        return query, key, round_cached(value, self._scheme.value_bits, self.clips.get("value", 1.0))
 
 
-def round_cached(x: Tensor, bits: int) -> Tensor:
+def round_cached(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
     """Return keys or values [..., d] as the cache gives them back; see `quantize_kv`."""
-    return x if bits == FLOAT_BITS else dequantize_kv(*quantize_kv(x, bits))
+    return x if bits == FLOAT_BITS else dequantize_kv(*quantize_kv(x, bits, clip))

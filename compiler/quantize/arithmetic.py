@@ -153,11 +153,18 @@ def low_bit_linear(x: Tensor, weight: QuantizedWeight, form: LinearFormat) -> Te
     return low_bit_product(codes, scale, weight, form.activation_bits)
 
 
-def quantize_kv(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return the codes, uint8 like `x`, and float16 [..., 2] scale and zero, of keys or values [..., head_dim]."""
+def quantize_kv(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the codes, uint8 like `x`, and float16 [..., 2] scale and zero, of keys or values [..., head_dim].
+
+    The grid spans the share `clip` of a head's range, about the middle of it; what lies outside saturates.
+    """
+    # Both factors are float32 numbers, as they are in the graph; at clip 1 they are 2^bits - 1 and 0.
+    ratio = torch.tensor(clip, dtype=torch.float32)
+    levels, margin = (2**bits - 1) / ratio, (1 - ratio) / 2
     low = x.amin(-1, keepdim=True)
-    step = ((x.amax(-1, keepdim=True) - low) / (2**bits - 1)).clamp_min(SMALLEST_KV_SCALE)
-    stored = torch.cat([step, low], -1).half()
+    span = x.amax(-1, keepdim=True) - low
+    step = (span / levels).clamp_min(SMALLEST_KV_SCALE)
+    stored = torch.cat([step, low + span * margin], -1).half()
     scale, zero = stored.float().chunk(2, -1)
     return ((x - zero) / scale).round().clamp(0, 2**bits - 1).to(torch.uint8), stored
 

@@ -138,8 +138,8 @@ class Oracle:
             for y in self._linears(h, f"{layer}.attn_in", modules)
         )
         query, key = self._map_keys(i, _rotate(query, batch), _rotate(key, batch))
-        keys = self._cached(f"{layer}.key", key, self.scheme.key_bits)
-        values = self._cached(f"{layer}.value", value, self.scheme.value_bits)
+        keys = self._cached(i, "key", key, self.scheme.key_bits)
+        values = self._cached(i, "value", value, self.scheme.value_bits)
         keys, values = (t.repeat_interleave(config.groups, 1) for t in (keys, values))
         scores = query @ keys.transpose(2, 3) * config.head_dim**-0.5 + batch.mask
         attended = scores.softmax(-1) @ values
@@ -155,13 +155,14 @@ class Oracle:
         inverse = torch.linalg.inv(per_head.double()).mT.float().repeat_interleave(self.config.groups, 0)
         return query @ inverse, key @ per_head
 
-    def _cached(self, name: str, x: Tensor, bits: int) -> Tensor:
+    def _cached(self, i: int, site: Site, x: Tensor, bits: int) -> Tensor:
         """Return keys or values as attention reads them back from the cache."""
         if bits == FLOAT_BITS:
             return x
-        codes, stored = quantize_kv(x, bits)
+        clip = 1.0 if self._transforms is None else self._transforms.layers[i].clip(site)
+        codes, stored = quantize_kv(x, bits, clip)
         if self._follow:
-            codes, stored = self._follow.cached(name, x, codes, stored)
+            codes, stored = self._follow.cached(f"model.layers.{i}.{site}", x, codes, stored)
         return dequantize_kv(codes, stored)
 
     def _linears(self, x: Tensor, site: str, modules: list[str]) -> list[Tensor]:

@@ -20,6 +20,8 @@ from planish.compiler.quantize.arithmetic import (
 from planish.compiler.quantize.codes import quantize_checkpoint
 from planish.compiler.verify.oracle import Oracle
 from planish.passes.scheme import LinearFormat, Scheme
+from planish.passes.transforms import Transforms
+from tests.cache_clips import clipping_transforms
 from tests.onnx_run import positions, range_error
 from tests.tiny import VARIANTS, write_tiny
 
@@ -30,15 +32,17 @@ BOUND = 1e-5
 class FakeQuantizedCache(DynamicCache):
     """A cache that rounds what it is given, and hands back what the codes stand for."""
 
-    def __init__(self, scheme: Scheme, **arguments: Any) -> None:
+    def __init__(self, scheme: Scheme, transforms: Transforms | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._bits = scheme.key_bits, scheme.value_bits
+        self._layers = None if transforms is None else transforms.layers
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **more: Any) -> Any:
-        states = (key_states, value_states)
+        layer = None if self._layers is None else self._layers[layer_idx]
+        clips = (1.0, 1.0) if layer is None else (layer.clip("key"), layer.clip("value"))
         rounded = [
-            x if bits == 16 else dequantize_kv(*quantize_kv(x, bits))
-            for x, bits in zip(states, self._bits, strict=True)
+            x if bits == 16 else dequantize_kv(*quantize_kv(x, bits, clip))
+            for x, bits, clip in zip((key_states, value_states), self._bits, clips, strict=True)
         ]
         return super().update(*rounded, layer_idx, *rest, **more)
 
@@ -78,18 +82,20 @@ def prompts(lengths: list[int]) -> tuple[Tensor, Tensor]:
     return ids, (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()
 
 
-def both_logits(folder: Path, scheme: Scheme, ids: Tensor, mask: Tensor, work: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the oracle's logits and transformers'."""
+def both_logits(
+    folder: Path, scheme: Scheme, ids: Tensor, mask: Tensor, work: Path, transforms: Transforms | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the oracle's logits and transformers', for transforms that only clip the cache."""
     checkpoint = open_checkpoint(folder)
     codes = quantize_checkpoint(checkpoint, scheme, work)
     theirs = low_bit_transformers(folder, scheme)
     with torch.no_grad():
-        found = Oracle(checkpoint, scheme, codes.quantized).logits(ids, mask)
+        found = Oracle(checkpoint, scheme, codes.quantized, None, transforms).logits(ids, mask)
         expected = theirs(
             input_ids=ids,
             attention_mask=mask,
             position_ids=torch.from_numpy(positions(mask.numpy())),
-            past_key_values=FakeQuantizedCache(scheme, config=theirs.config),
+            past_key_values=FakeQuantizedCache(scheme, transforms, config=theirs.config),
         ).logits
     return found.numpy(), expected.numpy()
 
@@ -113,6 +119,17 @@ def test_low_bit_schemes(spelling: str, variant: str, tmp_path: Path) -> None:
     write_tiny(tmp_path, **VARIANTS[variant])
     ids, mask = prompts([6, 3] * 10)
     found, expected = both_logits(tmp_path, Scheme.parse(spelling), ids, mask, tmp_path / "codes")
+    error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    real = error[mask.numpy() == 1]
+    assert (real < BOUND).mean() > 0.8
+    assert real.max() < 0.3
+
+
+@pytest.mark.parametrize("spelling", ["w16a16k2v3", "w16a16k8v2"])
+def test_clipped_cache(spelling: str, tmp_path: Path) -> None:
+    transforms = clipping_transforms(open_checkpoint(write_tiny(tmp_path)).config)
+    ids, mask = prompts([6, 3] * 10)
+    found, expected = both_logits(tmp_path, Scheme.parse(spelling), ids, mask, tmp_path / "codes", transforms)
     error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     real = error[mask.numpy() == 1]
     assert (real < BOUND).mean() > 0.8

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 
 from planish.compiler.backends.ort import build_ort
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
@@ -15,8 +16,10 @@ from planish.compiler.export.float_model import save_model
 from planish.compiler.export.portable import portable_model
 from planish.compiler.quantize.codes import CodesOnDisk, quantize_checkpoint
 from planish.compiler.runtime.session import Session
-from planish.compiler.verify.verification import verify
+from planish.compiler.verify.verification import _Following, verify
 from planish.passes.scheme import Scheme, SchemeError
+from planish.passes.transforms import Transforms
+from tests.cache_clips import clipping_transforms
 from tests.tiny import VARIANTS, write_tiny
 
 SCHEMES = [
@@ -38,10 +41,12 @@ SCHEMES = [
 TOKENS = [int(token) for token in np.random.default_rng(7).integers(0, 200, 21)]
 
 
-def build(checkpoint: Checkpoint, scheme: Scheme, folder: Path) -> tuple[CodesOnDisk, list[Path]]:
+def build(
+    checkpoint: Checkpoint, scheme: Scheme, folder: Path, transforms: Transforms | None = None
+) -> tuple[CodesOnDisk, list[Path]]:
     """Write the portable and the lowered model; return the codes and both paths."""
     codes = quantize_checkpoint(checkpoint, scheme, folder / "codes")
-    portable = save_model(portable_model(checkpoint, scheme, codes)[0], folder / "portable")
+    portable = save_model(portable_model(checkpoint, scheme, codes, transforms)[0], folder / "portable")
     return codes, [portable, build_ort(ir.load(portable), folder / "ort")]
 
 
@@ -65,6 +70,48 @@ def test_variant(variant: str, tmp_path: Path) -> None:
     codes, models = build(checkpoint, scheme, tmp_path)
     for model in models:
         assert verify(checkpoint, scheme, codes, model, TOKENS).logits_error < 1e-5
+
+
+@pytest.mark.parametrize("spelling", ["w4a4k2v2", "w4a4k3v2", "w4a8k8v4", "w8a8k8v8"])
+def test_clipped_cache(spelling: str, tmp_path: Path) -> None:
+    """Keys and values of every layer have clips of their own; codes saturate."""
+    checkpoint = open_checkpoint(write_tiny(tmp_path / "tiny"))
+    scheme, transforms = Scheme.parse(spelling), clipping_transforms(checkpoint.config)
+    codes, models = build(checkpoint, scheme, tmp_path, transforms)
+    for model in models:
+        result = verify(checkpoint, scheme, codes, model, TOKENS, transforms)
+        assert result.logits_error < 1e-5
+        assert result.followed <= result.roundings * 1e-3
+        with pytest.raises(AccuracyError, match=r"model\.layers\.0\.key drifts first: \d+ cached scales differ"):
+            verify(checkpoint, scheme, codes, model, TOKENS)
+
+
+def test_an_unclipped_cache_has_the_nodes_it_had(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_tiny(tmp_path / "tiny"))
+    scheme = Scheme.parse("w4a4k3v2")
+    for name, transforms, added in (("none", None, 0), ("clips", clipping_transforms(checkpoint.config), 4)):
+        _, (_, lowered) = build(checkpoint, scheme, tmp_path / name, transforms)
+        names = [node.name for node in onnx.load(lowered, load_external_data=False).graph.node]
+        assert sum(name.endswith((".kv.left_out", ".kv.lowest")) for name in names) == added
+
+
+def test_a_zero_of_a_clipped_grid_near_nought(tmp_path: Path) -> None:
+    """It is the difference of larger numbers, and has their noise: 1e-6 here, where float16 resolves 6e-8."""
+    scheme = Scheme.parse("w16a16k3v3")
+    stored = torch.tensor([[[[0.25, 1e-5]]]]).half()
+    codes, x = torch.zeros(1, 1, 1, 8, dtype=torch.uint8), torch.zeros(1, 1, 1, 8)
+
+    class Run:
+        def __init__(self, scale: float, zero: float) -> None:
+            self.stored = np.array([[[[scale, zero]]]], np.float16)
+
+        def cached(self, *_: object) -> tuple[np.ndarray, np.ndarray]:
+            return codes.numpy(), self.stored
+
+    _Following(Run(0.25, -1e-5), scheme).cached("model.layers.0.key", x, codes, stored)  # type: ignore[arg-type]
+    for off in (Run(0.2506, 1e-5), Run(0.25, 2e-3)):
+        with pytest.raises(AccuracyError, match="1 cached scales differ"):
+            _Following(off, scheme).cached("model.layers.0.key", x, codes, stored)  # type: ignore[arg-type]
 
 
 def test_padded_batch(tmp_path: Path) -> None:

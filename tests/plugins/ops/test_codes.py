@@ -110,16 +110,17 @@ def keys(kind: str) -> Floats:
 
 
 @pytest.mark.parametrize("bits", packing.PACKED_BITS)
+@pytest.mark.parametrize("clip", [1.0, 0.85, 0.55])
 @pytest.mark.parametrize("kind", ["random", "offset", "constant", "tiny", "outliers"])
-def test_cache_codes_equal_the_oracle(bits: int, kind: str) -> None:
+def test_cache_codes_equal_the_oracle(bits: int, clip: float, kind: str) -> None:
     x = keys(kind)
     rng = np.random.default_rng(9)
     past = rng.integers(0, 256, (2, 3, 4, packing.packed_size(16, bits)), np.uint8)
     past_scale = rng.standard_normal((2, 3, 4, 2)).astype(np.float16)
-    present, present_scale = run_op(append_kv(bits), {"x": x, "past": past, "past_scale": past_scale})
+    present, present_scale = run_op(append_kv(bits), {"x": x, "past": past, "past_scale": past_scale}, clip=clip)
     np.testing.assert_array_equal(present[:, :, :4], past)
     np.testing.assert_array_equal(present_scale[:, :, :4], past_scale)
-    codes, stored = arithmetic.quantize_kv(torch.from_numpy(x), bits)
+    codes, stored = arithmetic.quantize_kv(torch.from_numpy(x), bits, clip)
     np.testing.assert_array_equal(present_scale[:, :, 4:], stored.numpy())
     np.testing.assert_array_equal(packing.unpack(present[:, :, 4:], bits, 16), codes.numpy())
 
@@ -139,19 +140,30 @@ def test_cache_error_is_at_most_half_a_step(bits: int, kind: str) -> None:
 def test_cache_by_hand() -> None:
     x = np.array([-1.0, 0.0, 2.0, 0.6, -0.4, 0.5, 1.5, 1.0], np.float32).reshape(1, 1, 1, 8)
     nothing = np.zeros((1, 1, 0, 2), np.uint8), np.zeros((1, 1, 0, 2), np.float16)
-    present, scale = run_op(append_kv(2), {"x": x, "past": nothing[0], "past_scale": nothing[1]})
+    present, scale = run_op(append_kv(2), {"x": x, "past": nothing[0], "past_scale": nothing[1]}, clip=1.0)
     assert scale.ravel().tolist() == [1.0, -1.0]
     # (x + 1) / 1, halves to even: 1.5 -> 2, 2.5 -> 2.
     assert packing.unpack(present, 2, 8).ravel().tolist() == [0, 1, 3, 2, 1, 2, 2, 2]
+
+
+def test_clipped_cache_by_hand() -> None:
+    """Half of -4 .. 8 about its middle is -1 .. 5: a step of 2, and both ends saturate."""
+    x = np.array([-4.0, 8.0, -1.0, 0.0, 1.0, 2.0, 4.0, 5.0], np.float32).reshape(1, 1, 1, 8)
+    nothing = np.zeros((1, 1, 0, 2), np.uint8), np.zeros((1, 1, 0, 2), np.float16)
+    present, scale = run_op(append_kv(2), {"x": x, "past": nothing[0], "past_scale": nothing[1]}, clip=0.5)
+    assert scale.ravel().tolist() == [2.0, -1.0]
+    # (x + 1) / 2, halves to even: 0.5 -> 0, 1.5 -> 2, 2.5 -> 2.
+    assert packing.unpack(present, 2, 8).ravel().tolist() == [0, 3, 0, 0, 1, 2, 2, 3]
 
 
 @pytest.mark.parametrize("bits", packing.PACKED_BITS)
 def test_appending_one_by_one_equals_appending_at_once(bits: int) -> None:
     x = keys("random")
     empty = np.zeros((2, 3, 0, packing.packed_size(16, bits)), np.uint8), np.zeros((2, 3, 0, 2), np.float16)
-    at_once = run_op(append_kv(bits), {"x": x, "past": empty[0], "past_scale": empty[1]})
+    at_once = run_op(append_kv(bits), {"x": x, "past": empty[0], "past_scale": empty[1]}, clip=0.7)
     past, scale = empty
     for token in range(x.shape[2]):
-        past, scale = run_op(append_kv(bits), {"x": x[:, :, token : token + 1], "past": past, "past_scale": scale})
+        new = {"x": x[:, :, token : token + 1], "past": past, "past_scale": scale}
+        past, scale = run_op(append_kv(bits), new, clip=0.7)
     np.testing.assert_array_equal(past, at_once[0])
     np.testing.assert_array_equal(scale, at_once[1])

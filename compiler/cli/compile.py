@@ -25,12 +25,18 @@ def run_compile(
         str | None,
         typer.Option(help="How transforms are chosen: none, fixed:KIND, kurtosis, measured[:BUDGET] or auto. [auto]"),
     ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan.json, made or edited, to take the transforms from instead of choosing.")
+    ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Calibration text: a .txt or .jsonl file, a Hub data set, or self. [self]")
     ] = None,
     nsamples: Annotated[int | None, typer.Option(help="Calibration sequences. [16]")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens in a calibration sequence. [512]")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a calibration sequence. [512, or the context]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random choices. [0]")] = None,
+    polish: Annotated[
+        int | None, typer.Option(min=0, help="Epochs of learning norms, scales and clips. [4 if the model is small]")
+    ] = None,
     verify_passes: Annotated[
         bool | None,
         typer.Option("--verify-passes/--no-verify-passes", help="Check the logits after every pass. [on]"),
@@ -61,10 +67,12 @@ def run_compile(
                 scheme=scheme,
                 lm_head=lm_head,
                 select=select,
+                plan=plan,
                 dataset=dataset,
                 nsamples=nsamples,
                 seqlen=seqlen,
                 seed=seed,
+                polish=polish,
                 verify_passes=verify_passes,
                 targets=target or None,
                 num_layers=num_layers,

@@ -38,7 +38,8 @@ def whiten_and_mix(metric: Tensor, inputs: Tensor, mixing: Tensor) -> Tensor:
     """Return P with P P^T = `metric`, such that P^T Sx P has a constant diagonal if `mixing` is a Hadamard matrix."""
     root, _ = _powers(metric)
     _, vectors = torch.linalg.eigh(_symmetric(root @ inputs @ root))
-    return root @ vectors @ mixing
+    transform: Tensor = root @ vectors @ mixing
+    return transform
 
 
 def block_means(inputs: Tensor, weights: Tensor, size: int) -> tuple[Tensor, Tensor]:

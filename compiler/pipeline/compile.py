@@ -7,17 +7,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.bundle.layout import MODEL_FILE, PLAN_FILE, RECIPE_FILE, engine_folder
 from planish.compiler.bundle.manifest import Manifest
+from planish.compiler.calibrate.settings import CalibrationSettings
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.files import write_json
 from planish.compiler.checkpoint.first_layers import open_first_layers
 from planish.compiler.export.float_model import save_model
 from planish.compiler.export.portable import portable_model
-from planish.compiler.pipeline.flatten import Flattening, flatten
+from planish.compiler.pipeline.flatten import Flattening, check_calibration, flatten
 from planish.compiler.pipeline.plan import make_plan
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.pipeline.report import write_report
@@ -26,9 +27,11 @@ from planish.compiler.pipeline.work_folder import WorkFolder, check_output, chec
 from planish.compiler.progress import Progress, Silent
 from planish.compiler.quantize.codes import CodesOnDisk, quantize_checkpoint
 from planish.compiler.runtime.tokenizer import Tokenizer
+from planish.compiler.select.choose_forms import forms_of_plan
 from planish.compiler.select.plan_file import save_transforms
 from planish.compiler.verify.passes import PassDrift, verify_flattening
 from planish.compiler.verify.verification import verify
+from planish.passes.quantize_linears import LM_HEAD
 from planish.passes.scheme import Scheme
 
 __all__ = ["compile_model", "compile_recipe"]
@@ -41,6 +44,8 @@ _SAMPLE = (
     "raised and hollow from earlier work, becomes even: 3 passes, perhaps 40 minutes, and no mark left to see."
 )
 _SAMPLE_TOKENS = 48
+#: Epochs of polishing, and the most weights of linears for which it is done unasked: 4 GB of float32.
+_POLISH_EPOCHS, _MOST_TO_POLISH = 4, 10**9
 
 
 def compile_model(
@@ -50,10 +55,12 @@ def compile_model(
     scheme: str | None = None,
     lm_head: str | None = None,
     select: str | None = None,
+    plan: str | Path | None = None,
     dataset: str | None = None,
     nsamples: int | None = None,
     seqlen: int | None = None,
     seed: int | None = None,
+    polish: int | None = None,
     verify_passes: bool | None = None,
     targets: Sequence[str] | None = None,
     num_layers: int | None = None,
@@ -76,10 +83,12 @@ def compile_model(
         recipe: a recipe file. Every other setting that is given wins over it.
         lm_head: as all further settings, see `Recipe`.
         select: see `Recipe`.
+        plan: see `Recipe`.
         dataset: see `Recipe`.
         nsamples: see `Recipe`.
         seqlen: see `Recipe`.
         seed: see `Recipe`.
+        polish: see `Recipe`.
         verify_passes: see `Recipe`.
         targets: see `Recipe`.
         num_layers: see `Recipe`.
@@ -103,10 +112,12 @@ def compile_model(
         scheme=scheme,
         lm_head=lm_head,
         select=select,
+        plan=None if plan is None else str(plan),
         dataset=dataset,
         nsamples=nsamples,
         seqlen=seqlen,
         seed=seed,
+        polish=polish,
         verify_passes=verify_passes,
         targets=None if targets is None else tuple(targets),
         num_layers=num_layers,
@@ -120,21 +131,27 @@ def compile_model(
 
 def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
     """Compile as `recipe` says; see `compile_model`."""
-    scheme, policy, calibration = recipe.parsed_scheme(), recipe.parsed_policy(), recipe.calibration()
+    scheme, policy = recipe.parsed_scheme(), recipe.parsed_policy()
+    # What is wrong with it is said before a checkpoint is fetched; how long sequences are depends on the model.
+    recipe.calibration()
     check_targets(recipe)
     check_output(out)
     checkpoint = open_first_layers(recipe.model, recipe.num_layers)
     checkpoint.check_tokenizer()
-    settings = {
+    calibration = recipe.calibration(checkpoint.config.max_context)
+    settings: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
         "checkpoint": checkpoint.fingerprint(),
         "code": code_fingerprint(),
     }
     if policy.name != "none":
+        check_calibration(calibration)
         settings["calibration"] = calibration.fingerprint()
+    if policy.plan is not None:
+        settings["plan"] = [each.forms for each in forms_of_plan(policy.plan, checkpoint)]
     with WorkFolder.hold(out, settings, progress) as work, clear_errors(out):
         check_space(work.path, _bytes_needed(checkpoint, scheme, recipe))
-        _Compile(checkpoint, scheme, recipe, work, progress).run()
+        _Compile(checkpoint, scheme, recipe, calibration, work, progress).run()
         work.publish()
     return Bundle.open(out, verify=False)
 
@@ -146,6 +163,7 @@ class _Compile:
     checkpoint: Checkpoint
     scheme: Scheme
     recipe: Recipe
+    calibration: CalibrationSettings
     work: WorkFolder
     progress: Progress
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -159,11 +177,14 @@ class _Compile:
         codes = CodesOnDisk(self.work.codes, self.checkpoint, self.scheme)
         model, left_float = portable_model(self.checkpoint, self.scheme, codes)
         flattening = self._timed("flatten", lambda: self._flatten(codes))
-        checkpoint, transforms = self.checkpoint, None
+        checkpoint, transforms, rounded, rounded_codes = self.checkpoint, None, self.checkpoint, codes
         if flattening is not None:
             checkpoint, transforms = flattening.checkpoint, flattening.transforms
+            rounded, rounded_codes = flattening.rounded
             model, left_float = portable_model(self.checkpoint, self.scheme, codes, transforms)
         self._timed("quantise", self._quantize)
+        if rounded_codes is not codes and not self.scheme.lm_head.is_float:
+            rounded_codes.share(LM_HEAD, codes)
         self._stage("portable model", bundle, lambda: save_model(model, bundle, self._steps("portable model")))
         for target in targets:
             self._stage(f"lower to {target}", engine_folder(bundle, target), partial(self._lower, target))
@@ -173,7 +194,9 @@ class _Compile:
         verification = self._timed(
             "verify", lambda: verify(checkpoint, self.scheme, codes, checked / MODEL_FILE, tokens, transforms)
         )
-        plan = self._timed("plan", lambda: make_plan(checkpoint, self.scheme, codes, left_float, self._steps("plan")))
+        plan = self._timed(
+            "plan", lambda: make_plan(rounded, self.scheme, rounded_codes, left_float, self._steps("plan"))
+        )
         if flattening is not None:
             plan["transforms"] = flattening.plan
             save_transforms(flattening.transforms, bundle)
@@ -189,12 +212,30 @@ class _Compile:
             return None
         self.work.codes.mkdir(exist_ok=True)
         flattening = flatten(
-            self.checkpoint, self.scheme, policy, self.recipe.calibration(), self.work.flatten, codes, self.progress
+            self.checkpoint,
+            self.scheme,
+            policy,
+            self.calibration,
+            self._polish_epochs(),
+            self.work.flatten,
+            codes,
+            self.progress,
         )
         if self.recipe.verify_passes:
             self.progress.say("verifying the passes that flatten")
             self.drifts = verify_flattening(self.checkpoint, flattening.transforms)
         return flattening
+
+    def _polish_epochs(self) -> int:
+        """Return how long to polish; None in the recipe is as long as it pays, if the model fits into memory."""
+        if self.recipe.polish is not None:
+            return self.recipe.polish
+        names = (name for name in self.checkpoint.names() if name.endswith("_proj.weight"))
+        weights = sum(math.prod(self.checkpoint.shape(name)) for name in names)
+        if weights > _MOST_TO_POLISH:
+            self.progress.say("not polished: the model is held in float32 for that; ask for it with --polish 4")
+            return 0
+        return _POLISH_EPOCHS
 
     def _quantize(self) -> None:
         def step(_: str, done: int, total: int) -> None:
@@ -226,9 +267,10 @@ class _Compile:
         return min(self.recipe.max_context or self.checkpoint.config.max_context, self.checkpoint.config.max_context)
 
     def _repeatable_recipe(self) -> Recipe:
-        """Return the recipe with a model path that holds from any folder."""
-        path = Path(self.recipe.model)
-        return self.recipe.model_copy(update={"model": str(path.resolve())}) if path.exists() else self.recipe
+        """Return the recipe with paths that hold from any folder."""
+        given = {name: getattr(self.recipe, name) for name in ("model", "dataset", "plan")}
+        paths = {name: str(Path(path).resolve()) for name, path in given.items() if path and Path(path).exists()}
+        return self.recipe.model_copy(update=paths)
 
     def _manifest(self) -> Manifest:
         return Manifest(

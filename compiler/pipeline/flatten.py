@@ -9,8 +9,11 @@ import numpy as np
 from planish.compiler.calibrate.settings import CalibrationSettings
 from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import Checkpoint
+from planish.compiler.learn.block import MODULES
 from planish.compiler.learn.candidates import kind_of
-from planish.compiler.learn.flattening import flatten_checkpoint, read_evidence
+from planish.compiler.learn.flattening import flatten_checkpoint, held_out_sequences, read_evidence
+from planish.compiler.learn.polish import polish
+from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.transformed import TransformedCheckpoint
 from planish.compiler.progress import Progress
 from planish.compiler.quantize.codes import CodesOnDisk
@@ -21,9 +24,9 @@ from planish.compiler.select.site_choice import SiteChoice, transforms_entry
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, Transforms
 
-__all__ = ["Flattening", "flatten"]
+__all__ = ["Flattening", "check_calibration", "flatten"]
 
-_TOKENS = "calibration.npy"
+_TOKENS, _CODES = "calibration.npy", "codes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +37,23 @@ class Flattening:
         checkpoint: the checkpoint with everything folded that folds.
         transforms: what runs online, and the clips.
         plan: the `transforms` entry of plan.json.
+        rounded: the checkpoint as it was when its weights were rounded, and their codes: polishing moves gains and the
+            scales of codes afterwards.
     """
 
     checkpoint: TransformedCheckpoint
     transforms: Transforms
     plan: dict[str, Any]
+    rounded: tuple[Checkpoint, CodesOnDisk]
+
+
+def check_calibration(settings: CalibrationSettings) -> None:
+    """Check that there are sequences to fit to and others to measure on, before any are made.
+
+    Raises:
+        CalibrationError: if there are too few.
+    """
+    held_out_sequences(settings.nsamples)
 
 
 def flatten(
@@ -46,12 +61,20 @@ def flatten(
     scheme: Scheme,
     policy: SelectionPolicy,
     settings: CalibrationSettings,
+    polish_epochs: int,
     folder: Path,
     codes: CodesOnDisk,
     progress: Progress,
 ) -> Flattening:
-    """Flatten `checkpoint` for `scheme`, working in `folder`; see `flatten_checkpoint` for what a killed run keeps."""
+    """Flatten `checkpoint` for `scheme`, working in `folder`, and polish the result for some epochs, or none.
+
+    See `flatten_checkpoint` and `polish` for what a killed run keeps.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    rounded = codes
+    if polish_epochs:
+        (folder / _CODES).mkdir(exist_ok=True)
+        rounded = CodesOnDisk(folder / _CODES, checkpoint, scheme)
     tokens = _tokens(checkpoint, settings, folder / _TOKENS, progress)
     chosen = choose_forms(checkpoint, scheme, policy, tokens, folder, progress)
     transforms = flatten_checkpoint(
@@ -60,7 +83,7 @@ def flatten(
         [each.forms for each in chosen],
         tokens,
         folder,
-        codes,
+        rounded,
         seed=settings.seed,
         progress=lambda done, total: progress.step("flatten", done, total),
     )
@@ -79,7 +102,51 @@ def flatten(
         for site in SITES
     ]
     entry = transforms_entry(choices, policy, checkpoint.config, checkpoint.fingerprint())
-    return Flattening(TransformedCheckpoint(checkpoint, transforms), transforms, entry)
+    before = TransformedCheckpoint(checkpoint, transforms), rounded
+    if polish_epochs:
+        transforms, entry["polish"] = _polish(
+            checkpoint, scheme, transforms, rounded, tokens, polish_epochs, settings.seed, folder, codes, progress
+        )
+    return Flattening(TransformedCheckpoint(checkpoint, transforms), transforms, entry, before)
+
+
+def _polish(
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    transforms: Transforms,
+    rounded: CodesOnDisk,
+    tokens: Any,
+    epochs: int,
+    seed: int,
+    folder: Path,
+    codes: CodesOnDisk,
+    progress: Progress,
+) -> tuple[Transforms, dict[str, Any]]:
+    """Polish, write the codes with their new scales, and return the new transforms and what plan.json says of it."""
+    layers = checkpoint.config.num_hidden_layers
+    streams = StreamFiles(folder, held_out_sequences(len(tokens))).open(layers)
+    polished = polish(
+        checkpoint,
+        scheme,
+        transforms,
+        rounded,
+        tokens,
+        streams.target,
+        streams.held_out,
+        epochs,
+        folder,
+        seed=seed,
+        progress=lambda done, total: progress.step("polish", done, total),
+    )
+    for layer in range(layers):
+        part = f"model.layers.{layer}"
+        kept = {}
+        for module in MODULES:
+            name = f"{part}.{module}"
+            weight = rounded.quantized(name)
+            kept[name] = dataclasses.replace(weight, scale=weight.scale * polished.row_scales[name])
+        codes.keep(part, kept)
+    return polished.transforms, {"epochs": epochs, "held_out_divergence": polished.divergence}
 
 
 def _tokens(checkpoint: Checkpoint, settings: CalibrationSettings, path: Path, progress: Progress) -> Any:
@@ -89,7 +156,7 @@ def _tokens(checkpoint: Checkpoint, settings: CalibrationSettings, path: Path, p
         settings.dataset,
         checkpoint,
         nsamples=settings.nsamples,
-        seqlen=min(settings.seqlen, checkpoint.config.max_context),
+        seqlen=settings.seqlen,
         seed=settings.seed,
         progress=progress,
     )

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from planish.compiler.calibrate.settings import SELF, CalibrationSettings
 from planish.compiler.checkpoint.files import write_text
-from planish.compiler.errors import RecipeError, SelectionError
+from planish.compiler.errors import CalibrationError, RecipeError, SelectionError
 from planish.compiler.select.policy import SelectionPolicy
 from planish.passes.scheme import Scheme
 
@@ -16,6 +16,8 @@ __all__ = ["TARGETS", "Recipe", "Target"]
 
 Target = Literal["ort", "rtx", "tensorrt"]
 TARGETS: tuple[Target, ...] = ("ort", "rtx", "tensorrt")
+#: Tokens in a calibration sequence, where the model was made for as many.
+_SEQLEN = 512
 
 
 class Recipe(BaseModel):
@@ -27,10 +29,13 @@ class Recipe(BaseModel):
         lm_head: format of the output projection, such as w8a8; None is the default of `Scheme.parse`.
         select: the policy that picks a transform per site, see `SelectionPolicy.parse`; `none` rounds to nearest
             without any, `auto` is `none` for float linears and `measured` for all others.
+        plan: a plan.json whose transforms are made instead of choosing any; for the same model.
         dataset: calibration text, as the three settings below; see `CalibrationSettings`.
         nsamples: calibration sequences.
-        seqlen: tokens in each; at most what the model was made for.
+        seqlen: tokens in each; None is 512, or what the model was made for where that is less.
         seed: of all random choices.
+        polish: epochs for which norms, scales and clips of the whole model are learned last, see `polish`; None is 4
+            where the model is small enough.
         verify_passes: run the float graph after every pass that flattens, and stop where the logits move.
         targets: what to lower to; `ort` is integer products in ONNX Runtime, `rtx` and `tensorrt` are engines.
         num_layers: keep only this many of the first decoder blocks; None keeps all.
@@ -47,10 +52,12 @@ class Recipe(BaseModel):
     scheme: str
     lm_head: str | None = None
     select: str = "auto"
+    plan: str | None = None
     dataset: str = SELF
     nsamples: int = 16
-    seqlen: int = 512
+    seqlen: int | None = None
     seed: int = 0
+    polish: NonNegativeInt | None = None
     verify_passes: bool = True
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("ort",)
     num_layers: PositiveInt | None = None
@@ -86,25 +93,46 @@ class Recipe(BaseModel):
         """Return the selection policy; `auto` is resolved.
 
         Raises:
-            SelectionError: if it cannot be read, or needs low-bit linears and the scheme has none.
+            SelectionError: if it cannot be read, is not built yet, contradicts a plan, or needs low-bit linears and the
+                scheme has none.
         """
         policy = SelectionPolicy.parse(self.select)
+        if policy.name == "search":
+            raise SelectionError(
+                "The policy search is not built yet. Give fixed:rotation, fixed:affine, kurtosis or measured."
+            )
+        if self.plan is not None:
+            if policy.name != "auto":
+                raise SelectionError(
+                    f"The plan {self.plan} says which transform stands where, and so does the policy {policy}. "
+                    "Leave out --plan or --select."
+                )
+            policy = SelectionPolicy("plan", plan=Path(self.plan))
         if self.parsed_scheme().linear.is_float:
             if policy.name in ("auto", "none"):
                 return SelectionPolicy("none")
             raise SelectionError(
                 f"The policy {policy} flattens what linears round, and {self.scheme} leaves linears in floating "
-                "point. Leave --select out, or give the linears low bits."
+                "point. Leave out --select and --plan, or give the linears low bits."
             )
         return SelectionPolicy.parse("measured") if policy.name == "auto" else policy
 
-    def calibration(self) -> CalibrationSettings:
-        """Return what to calibrate on.
+    def calibration(self, context: int | None = None) -> CalibrationSettings:
+        """Return what to calibrate on, for a model made for `context` tokens; None where that is not known yet.
 
         Raises:
-            CalibrationError: if there is no such text, or a number is out of range.
+            CalibrationError: if there is no such text, or a number is out of range, or the sequences that were asked
+                for are longer than the model's context.
         """
-        return CalibrationSettings(dataset=self.dataset, nsamples=self.nsamples, seqlen=self.seqlen, seed=self.seed)
+        seqlen = self.seqlen
+        if seqlen is None:
+            seqlen = min(_SEQLEN, context or _SEQLEN)
+        elif context is not None and seqlen > context:
+            raise CalibrationError(
+                f"Calibration sequences of {seqlen} tokens are longer than the model's context of {context}. "
+                f"Ask for {context} tokens or fewer (--seqlen)."
+            )
+        return CalibrationSettings(dataset=self.dataset, nsamples=self.nsamples, seqlen=seqlen, seed=self.seed)
 
     def write(self, path: Path) -> None:
         """Write the recipe as YAML; settings that are not set are left out."""

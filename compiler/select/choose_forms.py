@@ -1,23 +1,27 @@
 """Choose the form of the transform at every site, by the policy that was asked for."""
 
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from planish.compiler.checkpoint import Checkpoint
+from planish.compiler.errors import SelectionError
 from planish.compiler.learn.candidates import Form
 from planish.compiler.progress import Progress
 from planish.compiler.select.budget import Candidate, choose
-from planish.compiler.select.forms import SITE_GROUPS, forms_of_groups
-from planish.compiler.select.kurtosis import GROUPS, KurtosisRule, read_kurtosis, select_by_kurtosis
-from planish.compiler.select.measure_forms import SITE_FORMS, FormErrors, measure_forms
+from planish.compiler.select.forms import MEASURED_FORMS, SITE_GROUPS, forms_of_groups
+from planish.compiler.select.kurtosis import Group, KurtosisRule, read_kurtosis, select_by_kurtosis
+from planish.compiler.select.measure_forms import FormErrors, measure_forms
 from planish.compiler.select.policy import SelectionPolicy, linear_flops
+from planish.compiler.select.site_choice import read_choices
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, Site
 
-__all__ = ["ChosenForms", "choose_forms"]
+__all__ = ["ChosenForms", "choose_forms", "forms_by_kurtosis", "forms_of_plan", "forms_within_budget"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,46 +54,74 @@ def choose_forms(
         token_ids: calibration sequences, int64 [sequences, seq].
         folder: to keep measurements in, so that a killed run need not repeat them.
         progress: is told about long work.
+
+    Raises:
+        CalibrationError: if what flows through the model is not finite, or there are too few sequences.
+        PlanError: if the plan cannot be read or does not fit the model.
+        SelectionError: if no choice fulfils the policy.
     """
     layers = checkpoint.config.num_hidden_layers
-    if policy.name == "fixed":
-        assert policy.kind is not None
+    if policy.plan is not None:
+        return forms_of_plan(policy.plan, checkpoint)
+    if policy.kind is not None:
         return [ChosenForms(forms_of_groups({"attn": policy.kind, "ffn": policy.kind}))] * layers
-    if policy.name == "kurtosis":
-        assert policy.rule is not None
-        return _by_kurtosis(checkpoint, policy.rule, progress)
-    assert policy.budget is not None
-    errors = measure_forms(checkpoint, scheme, token_ids, folder, progress)
-    return _within_budget(errors, round(policy.budget * linear_flops(checkpoint.config)))
+    if policy.rule is not None:
+        statistics = read_kurtosis(checkpoint, policy.rule, lambda done, total: progress.step("kurtosis", done, total))
+        return forms_by_kurtosis(statistics, policy.rule)
+    if policy.budget is not None:
+        errors = measure_forms(checkpoint, scheme, token_ids, folder, progress)
+        return forms_within_budget(errors, round(policy.budget * linear_flops(checkpoint.config)))
+    raise SelectionError(f"The policy {policy} chooses no transforms yet. Give fixed, kurtosis or measured.")
 
 
-def _by_kurtosis(checkpoint: Checkpoint, rule: KurtosisRule, progress: Progress) -> list[ChosenForms]:
-    statistics = read_kurtosis(checkpoint, rule, lambda done, total: progress.step("kurtosis", done, total))
-    choices = select_by_kurtosis(statistics, rule)
-    chosen = []
-    for layer in range(checkpoint.config.num_hidden_layers):
-        of_layer = {choice.group: choice for choice in choices if choice.layer == layer}
-        evidence = {
-            site: {"kurtosis": of_layer[group].kurtosis, "z": of_layer[group].z}
+def forms_of_plan(path: Path, checkpoint: Checkpoint) -> list[ChosenForms]:
+    """Return the forms that a plan.json names.
+
+    Raises:
+        PlanError: if it cannot be read, is of another model, or does not fit together.
+    """
+    chosen: list[dict[Site, Form]] = [{} for _ in range(checkpoint.config.num_hidden_layers)]
+    for choice in read_choices(path, checkpoint.config, checkpoint.fingerprint()):
+        chosen[choice.layer][choice.site] = choice.form
+    return [ChosenForms(forms) for forms in chosen]
+
+
+def forms_by_kurtosis(statistics: Mapping[Group, npt.ArrayLike], rule: KurtosisRule) -> list[ChosenForms]:
+    """Return the forms of the kinds that `select_by_kurtosis` gives."""
+    choices, chosen = select_by_kurtosis(statistics, rule), []
+    for layer in range(len(choices) // len(SITE_GROUPS)):
+        of_group = {choice.group: choice for choice in choices if choice.layer == layer}
+        evidence: dict[Site, dict[str, float]] = {
+            site: {"kurtosis": of_group[group].kurtosis, "z": of_group[group].z}
             for group, sites in SITE_GROUPS.items()
             for site in sites
         }
-        chosen.append(ChosenForms(forms_of_groups({g: of_layer[g].kind for g in GROUPS}), evidence))
+        chosen.append(
+            ChosenForms(forms_of_groups({group: choice.kind for group, choice in of_group.items()}), evidence)
+        )
     return chosen
 
 
-def _within_budget(errors: list[FormErrors], budget: int) -> list[ChosenForms]:
-    places = [(layer, site) for layer in range(len(errors)) for site in SITES]
+def forms_within_budget(errors: Sequence[FormErrors], budget: int) -> list[ChosenForms]:
+    """Return the forms of least error together whose FLOPs per token are within `budget`; see `choose`."""
     candidates = [
-        [Candidate(errors[layer].flops[site][form], errors[layer].errors[site][form]) for form in SITE_FORMS[site]]
-        for layer, site in places
+        [Candidate(of_layer.flops[site][form], of_layer.errors[site][form]) for form in MEASURED_FORMS[site]]
+        for of_layer in errors
+        for site in SITES
     ]
     picked = iter(choose(candidates, budget))
-    chosen = []
-    for of_layer in errors:
-        forms: dict[Site, Form] = {site: SITE_FORMS[site][next(picked)] for site in SITES}
-        evidence = {
-            site: {f"error of {form}": error for form, error in of_layer.errors[site].items()} for site in SITES
-        }
-        chosen.append(ChosenForms(forms, evidence))
-    return chosen
+    return [
+        ChosenForms(
+            {site: MEASURED_FORMS[site][next(picked)] for site in SITES},
+            {site: _evidence(of_layer.errors[site]) for site in SITES},
+        )
+        for of_layer in errors
+    ]
+
+
+def _evidence(errors: Mapping[Form, float]) -> dict[str, float]:
+    """Return the errors under their names; what has none, because its numbers diverged, is named as well."""
+    return {
+        **{f"error of {form}": error for form, error in errors.items() if math.isfinite(error)},
+        **{f"diverged: {form}": 1.0 for form, error in errors.items() if not math.isfinite(error)},
+    }

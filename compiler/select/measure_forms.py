@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.files import write_json
@@ -16,29 +18,20 @@ from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.clips import search_clip
 from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.flatten_block import Streams, closed_form_factors
-from planish.compiler.learn.flattening import held_out_sequences
+from planish.compiler.learn.flattening import finite_outputs, held_out_sequences, naming_block
 from planish.compiler.learn.low_bit import round_activation, round_cached
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.site_moments import gather_moments, residual_weights
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.progress import Progress
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
-from planish.compiler.select.forms import online_flops
+from planish.compiler.select.forms import MEASURED_FORMS, online_flops
+from planish.compiler.select.rho import rho_of
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, Site
 
-__all__ = ["SITE_FORMS", "FormErrors", "measure_forms"]
+__all__ = ["FormErrors", "measure_forms"]
 
-_LINEAR_FORMS: tuple[Form, ...] = ("identity", "rotation", "kronecker", "blocks32", "blocks64", "blocks128", "dense")
-#: What may stand at every site.
-SITE_FORMS: dict[Site, tuple[Form, ...]] = {
-    "attn_in": _LINEAR_FORMS,
-    "attn_out": ("identity", "rotation"),
-    "ffn_in": _LINEAR_FORMS,
-    "ffn_out": tuple(form for form in _LINEAR_FORMS if form != "dense"),
-    "key": ("identity", "rotation", "dense"),
-    "value": ("identity", "rotation", "dense"),
-}
 #: Rows on which clips are searched.
 _CLIP_ROWS = 1024
 
@@ -50,11 +43,15 @@ class FormErrors:
     Attributes:
         errors: by site and form, the mean over held-out tokens of ||y' - y||^2 / ||y||^2, where y is the block's
             float output and y' that with only this site low-bit: its input and weights, or the keys, or the values.
+            Infinite where what flows there has no such form, or rounding it gives NaN or infinity.
         flops: by site and form, what it costs online, per token.
+        rho: by site of a linear and form, how many times less error moments predict than with a rotation that has no
+            channel scale; see `rho_of`.
     """
 
     errors: dict[Site, dict[Form, float]]
     flops: dict[Site, dict[Form, int]]
+    rho: dict[Site, dict[Form, float]]
 
 
 @torch.no_grad()
@@ -74,14 +71,15 @@ def measure_forms(
     with fast_products():
         for layer in range(config.num_hidden_layers):
             path = folder / f"forms-{layer}.json"
-            if not path.exists():
+            # The streams go on after the errors are kept, so a run that was killed between the two does only that.
+            if files.newest() == layer:
                 block, streams = read_block(checkpoint, layer), files.open(layer)
-                outputs = torch.cat(
-                    [run_block(config, FloatHooks(block), x, angles) for x in torch.split(streams.target, 4)]
-                )
-                measured = _measure_block(block, streams, outputs, angles, scheme)
+                outputs = finite_outputs(block, streams, angles, layer)
+                if not path.exists():
+                    with naming_block(layer):
+                        measured = _measure_block(block, streams, outputs, angles, scheme)
+                    write_json(path, dataclasses.asdict(measured))
                 files.advance(layer, outputs, lambda x: x)
-                write_json(path, dataclasses.asdict(measured))
             found.append(FormErrors(**json.loads(path.read_text(encoding="utf-8"))))
             progress.step("measure transforms", layer + 1, config.num_hidden_layers)
     return found
@@ -92,19 +90,25 @@ def _measure_block(block: Block, streams: Streams, outputs: Tensor, angles: Angl
     sample = _Sampling(block)
     first = next(iter(streams.batches()))
     run_block(block.config, sample, streams.target[first], angles)
-    weights = residual_weights(outputs[first])
-    result = FormErrors({site: {} for site in SITES}, {site: {} for site in SITES})
+    weights = residual_weights(outputs[first])[:_CLIP_ROWS]
+    result = FormErrors({site: {} for site in SITES}, {site: {} for site in SITES}, {site: {} for site in SITES})
     widths = {site: x.shape[-1] for site, x in sample.seen.items()}
     for site in SITES:
-        for form in SITE_FORMS[site]:
-            factors = closed_form_factors(block, moments, {site: form}, seed=0)[site]
+        for form in MEASURED_FORMS[site]:
+            try:
+                factors = closed_form_factors(block, moments, {site: form}, seed=0)[site]
+                stored = factors.stored(widths.get(site, block.config.kv_size))
+            except (LinAlgError, ValueError):
+                # What flows there has no such form: it stays out of the choice.
+                result.errors[site][form], result.flops[site][form] = math.inf, 0
+                continue
             hooks = _OneSite(block, site, factors, scheme)
             if site in SITE_MODULES:
-                rows = sample.seen[site].flatten(0, -2)[:_CLIP_ROWS]
-                hooks.round_linears(rows, weights[:_CLIP_ROWS])
-            result.errors[site][form] = _held_out_error(block, hooks, streams, outputs, angles)
-            width = widths.get(site, block.config.kv_size)
-            result.flops[site][form] = online_flops(site, factors.stored(width), block.config)
+                hooks.round_linears(sample.seen[site].flatten(0, -2)[:_CLIP_ROWS], weights)
+                result.rho[site][form] = rho_of(factors, moments.inputs[site], moments.weights[site])
+            error = _held_out_error(block, hooks, streams, outputs, angles)
+            result.errors[site][form] = error if math.isfinite(error) else math.inf
+            result.flops[site][form] = online_flops(site, stored, block.config)
     return result
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from planish.compiler.checkpoint.config import LlamaConfig
@@ -14,7 +15,7 @@ from planish.passes.transforms import Kind
 
 __all__ = ["DEFAULT_BUDGET", "PolicyName", "SelectionPolicy", "linear_flops"]
 
-PolicyName = Literal["none", "fixed", "kurtosis", "search", "measured", "auto"]
+PolicyName = Literal["none", "fixed", "kurtosis", "search", "measured", "plan", "auto"]
 
 #: The budget of `measured`, as a share of the FLOPs of the model's linears.
 DEFAULT_BUDGET = 0.1
@@ -35,16 +36,18 @@ class SelectionPolicy:
     Attributes:
         name: `none` leaves every site as it is; `fixed` takes one kind everywhere; `kurtosis` follows the weights;
             `search` learns both kinds at once; `measured` takes the least error that was measured within a budget;
-            `auto` leaves it to the compiler.
+            `plan` takes the forms that a plan.json names, which no spelling gives; `auto` leaves it to the compiler.
         kind: of `fixed`, else None.
         rule: of `kurtosis`, else None.
         budget: of `measured`, else None: what the online transforms may cost, as a share of `linear_flops`.
+        plan: of `plan`, else None: the plan.json.
     """
 
     name: PolicyName
     kind: Kind | None = None
     rule: KurtosisRule | None = None
     budget: float | None = None
+    plan: Path | None = None
 
     @classmethod
     def parse(cls, text: str) -> "SelectionPolicy":
@@ -72,6 +75,8 @@ class SelectionPolicy:
             options = [self.kind]
         elif self.budget is not None:
             options = [f"{self.budget:g}"]
+        elif self.plan is not None:
+            options = [self.plan.name]
         elif self.rule is not None:
             options = [f"{self.rule.mode}={self.rule.attn:g},{self.rule.ffn:g}"]
             options += [self.rule.aggregate] if self.rule.aggregate != KurtosisRule.aggregate else []

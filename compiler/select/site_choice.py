@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, 
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import PlanError
 from planish.compiler.learn.candidates import Form, kind_of
+from planish.compiler.select.forms import SITE_FORMS
 from planish.compiler.select.policy import SelectionPolicy
 from planish.passes.transforms import SITES, Kind, Site
 
@@ -51,7 +52,9 @@ class SiteChoice(BaseModel):
     evidence: dict[str, FiniteFloat] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _check_kind(self) -> Self:
+    def _check_form(self) -> Self:
+        if self.form not in SITE_FORMS[self.site]:
+            raise ValueError(f"{self.site} takes {', '.join(SITE_FORMS[self.site])}, and not {self.form}")
         if self.kind != kind_of(self.form):
             raise ValueError(f"the form {self.form} is of the kind {kind_of(self.form)}, not {self.kind}")
         return self

@@ -20,7 +20,7 @@ def expected_bits(scheme: Scheme) -> float:
 
 @pytest.mark.parametrize("spelled", ["w3a3k3v3", "w2a16g32", "w4a8k2v4g64"])
 def test_bits_are_those_of_the_formats(tiny: Path, tmp_path: Path, spelled: str) -> None:
-    found = inspect(compile_model(tiny, tmp_path / "out", scheme=spelled))
+    found = inspect(compile_model(tiny, tmp_path / "out", scheme=spelled, select="none"))
     assert found.average_bits == pytest.approx(expected_bits(Scheme.parse(spelled)))
     assert found.lm_head_bits == pytest.approx(8 + 32 / 64)
     assert (found.linears, found.skipped, found.layers) == (14, 0, 2)
@@ -47,7 +47,7 @@ def test_biases_are_no_linears(tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "model", attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
     for found in (
         inspect(export_bundle(model, tmp_path / "float")),
-        inspect(compile_model(model, tmp_path / "low", scheme="w4a8", lm_head="w16a16")),
+        inspect(compile_model(model, tmp_path / "low", scheme="w4a8", lm_head="w16a16", select="none")),
     ):
         assert found.linears + found.skipped == 14
     assert found.average_bits == pytest.approx(expected_bits(Scheme.parse("w4a8")))

@@ -95,15 +95,15 @@ def test_float_linears_are_named_with_the_reason(tiny: Path, tmp_path: Path) -> 
 def test_output_not_empty(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep me")
     with pytest.raises(OutputFolderError, match="is not empty"):
-        compile_model(tiny, tmp_path, scheme=SCHEME)
+        compile_model(tiny, tmp_path, scheme=SCHEME, select="none")
     with pytest.raises(OutputFolderError, match="is not a folder"):
-        compile_model(tiny, tmp_path / "mine.txt", scheme=SCHEME)
+        compile_model(tiny, tmp_path / "mine.txt", scheme=SCHEME, select="none")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_an_empty_output_folder_is_taken(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    assert compile_model(tiny, tmp_path / "out", scheme=SCHEME, num_layers=1).path == tmp_path / "out"
+    assert compile_model(tiny, tmp_path / "out", scheme=SCHEME, select="none", num_layers=1).path == tmp_path / "out"
 
 
 def test_output_not_writable(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,13 +113,13 @@ def test_output_not_writable(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
     # The superuser, whom tests may run as, may write anywhere; so the refusal is made here.
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(OutputFolderError, match=r"cannot be written \(Permission denied\)"):
-        compile_model(tiny, tmp_path / "out", scheme=SCHEME)
+        compile_model(tiny, tmp_path / "out", scheme=SCHEME, select="none")
 
 
 def test_output_below_a_file(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputFolderError, match="cannot be written"):
-        compile_model(tiny, tmp_path / "file" / "out", scheme=SCHEME)
+        compile_model(tiny, tmp_path / "file" / "out", scheme=SCHEME, select="none")
 
 
 def test_a_work_folder_with_other_files_is_left_alone(tiny: Path, tmp_path: Path) -> None:
@@ -127,14 +127,14 @@ def test_a_work_folder_with_other_files_is_left_alone(tiny: Path, tmp_path: Path
     mine = partial(tmp_path / "out") / "mine.txt"
     mine.write_text("keep me")
     with pytest.raises(OutputFolderError, match=r"did not write \(mine.txt\)"):
-        compile_model(tiny, tmp_path / "out", scheme=SCHEME)
+        compile_model(tiny, tmp_path / "out", scheme=SCHEME, select="none")
     assert mine.read_text() == "keep me"
 
 
 def test_two_compiles_do_not_share_an_output(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with WorkFolder.hold(out, {}, Silent()), pytest.raises(OutputFolderError, match="Another compile"):
-        compile_model(tiny, out, scheme=SCHEME)
+        compile_model(tiny, out, scheme=SCHEME, select="none")
 
 
 def test_too_little_disk_is_found_before_work_begins(
@@ -143,7 +143,7 @@ def test_too_little_disk_is_found_before_work_begins(
     usage = namedtuple("usage", "total used free")(10, 9, 1)
     monkeypatch.setattr(work_folder.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DiskFullError, match=r"0\.0 MB free and the compile needs about"):
-        compile_model(tiny, tmp_path / "out", scheme=SCHEME)
+        compile_model(tiny, tmp_path / "out", scheme=SCHEME, select="none")
 
 
 @pytest.mark.parametrize(
@@ -165,10 +165,10 @@ def test_a_full_disk_is_told_and_resumed(
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "save_model", full)
         with pytest.raises(DiskFullError, match="run the same command again"):
-            compile_model(tiny, out, scheme=SCHEME, num_layers=1)
+            compile_model(tiny, out, scheme=SCHEME, select="none", num_layers=1)
     assert not out.exists()
     heard = Heard()
-    compile_model(tiny, out, scheme=SCHEME, num_layers=1, progress=heard)
+    compile_model(tiny, out, scheme=SCHEME, select="none", num_layers=1, progress=heard)
     assert "resuming" in heard
 
 
@@ -184,7 +184,7 @@ def test_a_failed_verification_leaves_no_bundle(tiny: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(pipeline, "lower", wrong)
     with pytest.raises(AccuracyError, match="drifts first"):
-        compile_model(tiny, tmp_path / "out", scheme=SCHEME, num_layers=1)
+        compile_model(tiny, tmp_path / "out", scheme=SCHEME, select="none", num_layers=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -198,7 +198,7 @@ def compile_until_verified(model: Path, out: Path, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "verify", stop)
         with pytest.raises(KeyboardInterrupt):
-            compile_model(model, out, scheme=SCHEME)
+            compile_model(model, out, scheme=SCHEME, select="none")
 
 
 def test_an_interrupted_compile_keeps_finished_stages(
@@ -210,7 +210,7 @@ def test_an_interrupted_compile_keeps_finished_stages(
         patch.setattr(pipeline, "save_model", lambda *_: pytest.fail("the portable model was written before"))
         patch.setattr(pipeline, "lower", lambda *_: pytest.fail("the model was lowered before"))
         patch.setattr(quantize, "quantize_weight", lambda *_: pytest.fail("all blocks were quantised before"))
-        made = compile_model(tiny, out, scheme=SCHEME, progress=heard)
+        made = compile_model(tiny, out, scheme=SCHEME, select="none", progress=heard)
     assert "resuming" in heard
     assert "portable model: kept" in heard
     assert model_hashes(made) == model_hashes(bundle)
@@ -223,7 +223,7 @@ def test_a_damaged_stage_is_made_again(
     out = tmp_path / "out"
     compile_until_verified(tiny, out, monkeypatch)
     os.truncate(partial(out) / "bundle" / "model.onnx.data", 5)
-    assert model_hashes(compile_model(tiny, out, scheme=SCHEME)) == model_hashes(bundle)
+    assert model_hashes(compile_model(tiny, out, scheme=SCHEME, select="none")) == model_hashes(bundle)
 
 
 @pytest.mark.parametrize("change", ["scheme", "weights", "code"])
@@ -236,7 +236,7 @@ def test_work_of_another_compile_is_discarded(
         write_tiny(model, seed=1)
     if change == "code":
         monkeypatch.setattr(pipeline, "code_fingerprint", lambda: "another")
-    made = compile_model(model, out, scheme="w3a8k8v8" if change == "scheme" else SCHEME, progress=heard)
+    made = compile_model(model, out, scheme="w3a8k8v8" if change == "scheme" else SCHEME, select="none", progress=heard)
     assert "starting anew" in heard
     Bundle.open(made.path)
 
@@ -246,7 +246,8 @@ def test_a_killed_compile_resumes(tiny: Path, tmp_path: Path) -> None:
     # Enough blocks that the process is still busy when the first of them is on disk.
     model = write_tiny(tmp_path / "deep", num_hidden_layers=24, intermediate_size=512)
     command = (
-        f"from planish.compiler import compile_model; compile_model({str(model)!r}, {str(out)!r}, scheme='{SCHEME}')"
+        f"from planish.compiler import compile_model; compile_model({str(model)!r}, {str(out)!r}, scheme='{SCHEME}', "
+        "select='none')"
     )
     process = subprocess.Popen([sys.executable, "-c", command])
     blocks = partial(out) / "codes"
@@ -269,11 +270,11 @@ def test_a_killed_compile_resumes(tiny: Path, tmp_path: Path) -> None:
             kept.update({path.name: path.stat().st_mtime_ns for path in blocks.glob("*.safetensors")})
 
     heard.step = note
-    made = compile_model(model, out, scheme=SCHEME, progress=heard)
+    made = compile_model(model, out, scheme=SCHEME, select="none", progress=heard)
     assert "resuming" in heard
     assert {name: kept[name] for name in first} == first
     assert len(kept) == 25
-    fresh = compile_model(model, tmp_path / "fresh", scheme=SCHEME)
+    fresh = compile_model(model, tmp_path / "fresh", scheme=SCHEME, select="none")
     assert model_hashes(made) == model_hashes(fresh)
 
 
@@ -282,7 +283,7 @@ def test_a_killed_compile_resumes(tiny: Path, tmp_path: Path) -> None:
     [
         ({"scheme": "w5a4"}, "5-bit weights"),
         ({"scheme": "w4a4", "targets": ["tpu"]}, "'targets.0' is 'tpu'"),
-        ({"scheme": "w4a4", "select": "best"}, "'select' is 'best'"),
+        ({"scheme": "w4a4", "select": "best"}, "'best' is not a selection policy"),
         ({"scheme": "w4a4", "num_layers": 3}, "has 2"),
         ({}, "'scheme' is missing"),
     ],

@@ -73,12 +73,16 @@ class LowBitHooks:
         """Return the output of a rounded linear, bias included."""
         return torch.nn.functional.linear(x, self.weights[module], self._folded.tensors.get(f"{module}.bias"))
 
+    def map_keys(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys behind the key map and its inverse."""
+        if self._key_map is None:
+            return query, key
+        inverse = torch.linalg.inv(self._key_map).mT.repeat_interleave(self._folded.config.groups, 0)
+        return query @ inverse, key @ self._key_map
+
     def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, and keys and values as the cache gives them back."""
-        if self._key_map is not None:
-            groups = self._folded.config.groups
-            query = query @ torch.linalg.inv(self._key_map).mT.repeat_interleave(groups, 0)
-            key = key @ self._key_map
+        query, key = self.map_keys(query, key)
         key = round_cached(key, self._scheme.key_bits, self.clips.get("key", 1.0))
         return query, key, round_cached(value, self._scheme.value_bits, self.clips.get("value", 1.0))
 

@@ -26,6 +26,13 @@ def make_plan(
 
     Per quantised linear: its format, its stored bits per weight with scales counted, and the SQNR of its weight in dB,
     10 log10(sum W^2 / sum (W - Wq)^2), null where nothing was lost.
+
+    Args:
+        checkpoint: as it was when the weights were rounded.
+        scheme: of the model.
+        codes: of every module as it was rounded.
+        left_float: modules in floating point.
+        progress: (modules done, modules in all).
     """
     modules = [module for group in module_groups(checkpoint, scheme).values() for module in group]
     linears = []

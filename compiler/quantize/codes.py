@@ -3,6 +3,7 @@
 A file is written whole or not at all, so a run that was killed resumes behind the last finished block.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -77,6 +78,11 @@ class CodesOnDisk:
         unfinished = path.with_suffix(".part")
         save_file(tensors, unfinished)
         unfinished.rename(path)
+
+    def share(self, part: str, other: "CodesOnDisk") -> None:
+        """Take over the file of `part` from `other`, on the same disk, without a copy."""
+        if not self._path(part).exists():
+            os.link(other._path(part), self._path(part))
 
     def _path(self, part: str) -> Path:
         return self._folder / f"{part}.safetensors"

@@ -1,0 +1,264 @@
+"""Polish a flattened model as a whole: what stays in floating point learns to make up for what was rounded.
+
+Codes and online factors stay as they are. The gains of norms, the scales of weight rows and the clips move, one
+number per channel, such that the distribution of the next token comes close to
+the float model's: min KL(p_float || p_low_bit) over the calibration text. Roundings pass the gradient straight through.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+
+from planish.compiler.checkpoint import Checkpoint
+from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, Block, read_block, run_block
+from planish.compiler.learn.factors import Factors
+from planish.compiler.learn.fold import fold_block
+from planish.compiler.learn.low_bit import LowBitHooks
+from planish.compiler.learn.precision import fast_products
+from planish.compiler.learn.trainable import round_activation_through, round_cached_through
+from planish.compiler.quantize.arithmetic import QuantizedWeight, dequantize_weight
+from planish.compiler.quantize.codes import CodesOnDisk
+from planish.passes.scheme import FLOAT_BITS, Scheme
+from planish.passes.transforms import SITES, LayerTransforms, Site, Transforms
+
+__all__ = ["Polished", "polish"]
+
+_RATE, _WARM_UP = 2e-3, 0.15
+_MOMENTA = (0.9, 0.95)
+#: Largest norm of the gradient of all parameters together.
+_LONGEST = 1.0
+#: The norm that a site's channel scale folds into.
+_NORMS: dict[Site, str] = {"attn_in": "input_layernorm", "ffn_in": "post_attention_layernorm"}
+_WIDEST_CLIP = 0.98
+_STATE = "polish.pt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Polished:
+    """What polishing made.
+
+    Attributes:
+        transforms: with new channel scales at the norms, and new clips.
+        row_scales: by module, what multiplies the scales of its weight rows, float32 [out].
+        divergence: mean KL divergence per held-out token, in nats: before, and after every epoch.
+    """
+
+    transforms: Transforms
+    row_scales: dict[str, Tensor]
+    divergence: list[float]
+
+
+def polish(
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    transforms: Transforms,
+    codes: CodesOnDisk,
+    token_ids: npt.NDArray[np.int64],
+    final: Tensor,
+    held_out: int,
+    epochs: int,
+    folder: Path,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Polished:
+    """Return the parameters at which the model is closest to the float one on held-out text; the start is one of them.
+
+    Args:
+        checkpoint: the float model.
+        scheme: of the model.
+        transforms: that `codes` were rounded under.
+        codes: of all linears of the blocks.
+        token_ids: calibration sequences, int64 [sequences, seq].
+        final: outputs of the float model's last block for them, float32 [sequences, seq, hidden].
+        held_out: how many of the last sequences nothing is fitted to.
+        epochs: how often to go through the others.
+        folder: keeps the state after every epoch, from which a killed run goes on.
+        seed: of the order of sequences.
+        progress: (sequences done, sequences in all).
+    """
+    model = _Model(checkpoint, scheme, transforms, codes)
+    fitted = len(token_ids) - held_out
+    ids = torch.from_numpy(token_ids)
+    optimizer = torch.optim.Adam(model.parameters(), lr=_RATE, betas=_MOMENTA)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=epochs * fitted, pct_start=_WARM_UP)
+    state = folder / _STATE
+    with fast_products():
+        if state.exists():
+            kept = torch.load(state, weights_only=True)
+            model.load(kept["model"])
+            optimizer.load_state_dict(kept["optimizer"])
+            schedule.load_state_dict(kept["schedule"])
+            best, divergence = kept["best"], kept["divergence"]
+        else:
+            divergence = [model.divergence(ids[fitted:], final[fitted:])]
+            best = model.state()
+        for epoch in range(len(divergence) - 1, epochs):
+            order = np.random.default_rng((seed, epoch)).permutation(fitted).tolist()
+            for done, sequence in enumerate(order, 1):
+                loss = model.loss(ids[sequence : sequence + 1], final[sequence : sequence + 1])
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                length = torch.nn.utils.clip_grad_norm_(model.parameters(), _LONGEST)
+                if length.isfinite():
+                    optimizer.step()
+                schedule.step()
+                if progress:
+                    progress(epoch * fitted + done, epochs * fitted)
+            found = model.divergence(ids[fitted:], final[fitted:])
+            if found < min(divergence):
+                best = model.state()
+            divergence.append(found if math.isfinite(found) else math.inf)
+            made = {"model": model.state(), "best": best, "divergence": divergence}
+            unfinished = state.with_suffix(".part")
+            torch.save(made | {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, unfinished)
+            unfinished.rename(state)
+    model.load(best)
+    return Polished(model.transforms(), model.row_scales(), divergence)
+
+
+class _Model:
+    """The low-bit model with everything that learns."""
+
+    def __init__(self, checkpoint: Checkpoint, scheme: Scheme, transforms: Transforms, codes: CodesOnDisk) -> None:
+        self._config, self._transforms = checkpoint.config, transforms
+        self._embeddings = _float(checkpoint, "model.embed_tokens.weight")
+        tied = self._config.tie_word_embeddings
+        self._head = self._embeddings if tied else _float(checkpoint, "lm_head.weight")
+        self._gain = _float(checkpoint, "model.norm.weight")
+        self._layers = []
+        for i, layer in enumerate(transforms.layers):
+            factors = {site: Factors.of(layer[site]) for site in SITES}
+            folded = fold_block(read_block(checkpoint, i), factors)
+            weights = {module: codes.quantized(f"model.layers.{i}.{module}") for module in MODULES}
+            self._layers.append(_PolishedHooks(folded, factors, scheme, layer, weights))
+
+    def parameters(self) -> list[Tensor]:
+        """Return everything that learns."""
+        return [parameter for layer in self._layers for parameter in layer.learned.values()]
+
+    def state(self) -> list[Tensor]:
+        """Return a copy of the parameters."""
+        return [parameter.detach().clone() for parameter in self.parameters()]
+
+    @torch.no_grad()
+    def load(self, state: Sequence[Tensor]) -> None:
+        """Take a copy of the parameters back."""
+        for parameter, value in zip(self.parameters(), state, strict=True):
+            parameter.copy_(value)
+
+    def loss(self, ids: Tensor, final: Tensor) -> Tensor:
+        """Return the mean KL divergence per token, in nats, for sequences [batch, seq]."""
+        x, angles = self._embeddings[ids], Angles.of(self._config, ids.shape[1])
+        for layer in self._layers:
+            # Activations are computed again for the gradient: memory holds those of one block.
+            if torch.is_grad_enabled():
+                x = recompute(run_block, self._config, layer, x, angles, use_reentrant=False)
+            else:
+                x = run_block(self._config, layer, x, angles)
+        with torch.no_grad():
+            expected = self._log_probabilities(final)
+        found = self._log_probabilities(x)
+        return torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum") / ids.numel()
+
+    @torch.no_grad()
+    def divergence(self, ids: Tensor, final: Tensor) -> float:
+        """Return the mean KL divergence per token, in nats, of sequences taken one by one."""
+        losses = [float(self.loss(ids[i : i + 1], final[i : i + 1])) for i in range(len(ids))]
+        return sum(losses) / len(losses)
+
+    def row_scales(self) -> dict[str, Tensor]:
+        """Return by module what multiplies the scales of its rows."""
+        return {
+            f"model.layers.{i}.{module}": layer.learned[module].detach().exp()
+            for i, layer in enumerate(self._layers)
+            for module in MODULES
+        }
+
+    def transforms(self) -> Transforms:
+        """Return the transforms with what was learned of scales and clips."""
+        layers = tuple(
+            layer.polished(before) for layer, before in zip(self._layers, self._transforms.layers, strict=True)
+        )
+        return dataclasses.replace(self._transforms, layers=layers)
+
+    def _log_probabilities(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self._config.rms_norm_eps)
+        return torch.log_softmax(self._gain * (x * scale) @ self._head.T, -1)
+
+
+class _PolishedHooks(LowBitHooks):
+    """A block on its grids, whose gains, row scales and clips are logarithms or logits that learn."""
+
+    def __init__(
+        self,
+        folded: Block,
+        factors: dict[Site, Factors],
+        scheme: Scheme,
+        layer: LayerTransforms,
+        weights: Mapping[str, QuantizedWeight],
+    ) -> None:
+        super().__init__(folded, factors, scheme)
+        self.weights = {module: dequantize_weight(each) for module, each in weights.items()}
+        self.learned: dict[str, Tensor] = {
+            norm: torch.zeros(folded.config.hidden_size, requires_grad=True) for norm in _NORMS.values()
+        }
+        self.learned |= {
+            module: torch.zeros(len(weight), requires_grad=True) for module, weight in self.weights.items()
+        }
+        bits: dict[Site, int] = dict.fromkeys(SITE_MODULES, scheme.linear.activation_bits)
+        bits |= {"key": scheme.key_bits, "value": scheme.value_bits}
+        self._bits = {site: each for site, each in bits.items() if each < 8}
+        self._rest = {site: layer.clip(site) for site in SITES}
+        for site in self._bits:
+            self.learned[site] = torch.tensor(min(layer.clip(site), _WIDEST_CLIP)).logit().requires_grad_()
+
+    def gain(self, norm: str) -> Tensor:
+        """Return the gain of a norm."""
+        return super().gain(norm) * self.learned[norm].exp()
+
+    def site(self, site: Site, x: Tensor) -> Tensor:
+        """Return the transformed input on its grid."""
+        x = self.transform(site, x)
+        bits = self._bits.get(site, self._scheme.linear.activation_bits)
+        return x if bits == FLOAT_BITS else round_activation_through(x, bits, self._clip(site))
+
+    def linear(self, module: str, x: Tensor) -> Tensor:
+        """Return the output of a rounded linear, bias included."""
+        y = torch.nn.functional.linear(x, self.weights[module]) * self.learned[module].exp()
+        bias = self._folded.tensors.get(f"{module}.bias")
+        return y if bias is None else y + bias
+
+    def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, and keys and values as the cache gives them back."""
+        query, key = self.map_keys(query, key)
+        if self._scheme.quantizes_cache:
+            key = round_cached_through(key, self._scheme.key_bits, self._clip("key"))
+            value = round_cached_through(value, self._scheme.value_bits, self._clip("value"))
+        return query, key, value
+
+    def polished(self, before: LayerTransforms) -> LayerTransforms:
+        """Return the transforms of the layer with what was learned."""
+        changed = {}
+        for site, norm in _NORMS.items():
+            gain = self.learned[norm].detach().exp().numpy()
+            scale = before[site].scale
+            changed[site] = dataclasses.replace(before[site], scale=gain if scale is None else scale * gain)
+        clips = {**before.clips, **{site: float(self.learned[site].detach().sigmoid()) for site in self._bits}}
+        return dataclasses.replace(before, **changed, clips=clips)
+
+    def _clip(self, site: Site) -> Tensor:
+        return self.learned[site].sigmoid() if site in self._bits else torch.tensor(self._rest[site])
+
+
+def _float(checkpoint: Checkpoint, name: str) -> Tensor:
+    tensor: Any = checkpoint.tensor(name)
+    return torch.from_numpy(tensor.astype(np.float32))

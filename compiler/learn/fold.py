@@ -27,9 +27,10 @@ def fold_block(block: Block, factors: Mapping[Site, Factors]) -> Block:
             if name in tensors:
                 tensors[name] = _map_heads(tensors[name], value.right.double())
     if ffn_out is not None and ffn_out.scale is not None:
-        for name in ("mlp.up_proj.weight", "mlp.up_proj.bias"):
-            if name in tensors:
-                tensors[name] = (tensors[name].T * ffn_out.scale.double()).T
+        rows = ffn_out.scale.double()
+        tensors["mlp.up_proj.weight"] = tensors["mlp.up_proj.weight"] * rows[:, None]
+        if "mlp.up_proj.bias" in tensors:
+            tensors["mlp.up_proj.bias"] = tensors["mlp.up_proj.bias"] * rows
     for site, norm in _NORM_BEFORE.items():
         scale = factors[site].scale if site in factors else None
         if scale is not None:

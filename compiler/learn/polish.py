@@ -130,9 +130,10 @@ class _Model:
 
     def __init__(self, checkpoint: Checkpoint, scheme: Scheme, transforms: Transforms, codes: CodesOnDisk) -> None:
         self._config, self._transforms = checkpoint.config, transforms
-        self._embeddings = _float(checkpoint, "model.embed_tokens.weight")
-        tied = self._config.tie_word_embeddings
-        self._head = self._embeddings if tied else _float(checkpoint, "lm_head.weight")
+        table = _float(checkpoint, "model.embed_tokens.weight")
+        # As they are stored in the compiled model.
+        self._embeddings = table.half().float()
+        self._head = table if self._config.tie_word_embeddings else _float(checkpoint, "lm_head.weight")
         self._gain = _float(checkpoint, "model.norm.weight")
         self._layers = []
         for i, layer in enumerate(transforms.layers):

@@ -28,7 +28,7 @@ class Recipe(BaseModel):
         scheme: bits per tensor role, such as w4a4k4v4.
         lm_head: format of the output projection, such as w8a8; None is the default of `Scheme.parse`.
         select: the policy that picks a transform per site, see `SelectionPolicy.parse`; `none` rounds to nearest
-            without any, `auto` is `none` for float linears and `measured` for all others.
+            without any, `auto` is `none` for float linears and `fixed:affine` for all others.
         plan: a plan.json whose transforms are made instead of choosing any; for the same model.
         dataset: calibration text, as the three settings below; see `CalibrationSettings`.
         nsamples: calibration sequences.
@@ -115,7 +115,7 @@ class Recipe(BaseModel):
                 f"The policy {policy} flattens what linears round, and {self.scheme} leaves linears in floating "
                 "point. Leave out --select and --plan, or give the linears low bits."
             )
-        return SelectionPolicy.parse("measured") if policy.name == "auto" else policy
+        return SelectionPolicy.parse("fixed:affine") if policy.name == "auto" else policy
 
     def calibration(self, context: int | None = None) -> CalibrationSettings:
         """Return what to calibrate on, for a model made for `context` tokens; None where that is not known yet.

@@ -1,0 +1,120 @@
+"""Polishing, measured by the oracle against transformers: neither knows how polishing computes."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from planish.compiler.checkpoint import open_checkpoint
+from planish.compiler.learn import polish as module
+from planish.compiler.learn.block import MODULES
+from planish.compiler.learn.flattening import flatten_checkpoint, held_out_sequences
+from planish.compiler.learn.polish import Polished, polish
+from planish.compiler.learn.stream_files import StreamFiles
+from planish.compiler.learn.transformed import TransformedCheckpoint
+from planish.compiler.quantize.codes import CodesOnDisk
+from planish.compiler.select.forms import forms_of_groups
+from planish.compiler.verify.oracle import Oracle
+from planish.passes.scheme import Scheme
+from planish.passes.transforms import Transforms
+from tests.tiny import VARIANTS, write_tiny
+
+SCHEME = Scheme.parse("w3a3k3v3", "w16a16")
+IDS = np.random.default_rng(0).integers(3, 272, (6, 40))
+HELD_OUT = held_out_sequences(len(IDS))
+
+
+class Case:
+    """A flattened tiny model, and what polishing it needs."""
+
+    def __init__(self, folder: Path, variant: str, ids: npt.NDArray[np.int64] = IDS, scheme: Scheme = SCHEME) -> None:
+        self.ids, self.scheme = ids, scheme
+        self.model = write_tiny(folder / "model", **VARIANTS[variant])
+        self.checkpoint = open_checkpoint(self.model)
+        self.folder = folder / "work"
+        (folder / "codes").mkdir()
+        self.codes = CodesOnDisk(folder / "codes", self.checkpoint, scheme)
+        layers = self.checkpoint.config.num_hidden_layers
+        forms = [forms_of_groups({"attn": "affine", "ffn": "rotation"})] * layers
+        self.transforms = flatten_checkpoint(self.checkpoint, scheme, forms, ids, self.folder, self.codes)
+        self.final = StreamFiles(self.folder, HELD_OUT).open(layers).target
+
+    def polish(self, folder: Path, epochs: int = 2) -> Polished:
+        folder.mkdir(exist_ok=True)
+        return polish(
+            self.checkpoint, self.scheme, self.transforms, self.codes, self.ids, self.final, HELD_OUT, epochs, folder
+        )
+
+    def divergence(self, transforms: Transforms, row_scales: dict[str, torch.Tensor] | None = None) -> float:
+        """Return what polishing minimises, of the oracle's logits against transformers'."""
+        from transformers import LlamaForCausalLM
+
+        def codes(name: str):
+            weight = self.codes.quantized(name)
+            return dataclasses.replace(weight, scale=weight.scale * row_scales[name]) if row_scales else weight
+
+        ids = torch.from_numpy(self.ids[-HELD_OUT:])
+        oracle = Oracle(TransformedCheckpoint(self.checkpoint, transforms), self.scheme, codes, None, transforms)
+        with torch.no_grad():
+            expected = LlamaForCausalLM.from_pretrained(self.model)(ids).logits.log_softmax(-1)
+            found = oracle.logits(ids).log_softmax(-1)
+        return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+@pytest.fixture(scope="module", params=["gqa", "attention_bias", "mlp_bias", "tied"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("polish"), request.param)
+
+
+def test_starts_and_ends_where_the_oracle_says(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "fast_products", contextlib.nullcontext)
+    polished = case.polish(tmp_path)
+    assert len(polished.divergence) == 3
+    assert polished.divergence[0] == pytest.approx(case.divergence(case.transforms), rel=2e-3)
+    best = case.divergence(polished.transforms, polished.row_scales)
+    assert best == pytest.approx(min(polished.divergence), rel=2e-3)
+
+
+def test_never_worse_than_its_start(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_RATE", 30.0)  # so large that every step does harm
+    polished = case.polish(tmp_path, epochs=1)
+    assert polished.divergence[1] > polished.divergence[0]
+    assert all(torch.equal(scale, torch.ones_like(scale)) for scale in polished.row_scales.values())
+    for before, after in zip(case.transforms.layers, polished.transforms.layers, strict=True):
+        for site in ("attn_in", "ffn_in"):
+            assert np.array_equal(after[site].scale, np.ones(64) if before[site].scale is None else before[site].scale)
+
+
+def test_learns(tmp_path: Path) -> None:
+    # Measured on a sequence that is learned from: five sequences of random tokens teach nothing about a sixth.
+    case = Case(tmp_path, "gqa", np.concatenate([IDS[:-1], IDS[:1]]), Scheme.parse("w4a8k8v8", "w16a16"))
+    polished = case.polish(tmp_path / "polish", epochs=12)
+    assert min(polished.divergence) < 0.97 * polished.divergence[0]
+    assert set(polished.row_scales) == {f"model.layers.{i}.{name}" for i in range(2) for name in MODULES}
+    assert any(not torch.equal(scale, torch.ones_like(scale)) for scale in polished.row_scales.values())
+
+
+def test_goes_on_where_it_was_killed(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = case.polish(tmp_path / "whole")
+    calls = 0
+    loss = module._Model.loss
+
+    def dies(self: object, ids: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 9:  # in the second epoch: one held-out and five others make the first
+            raise KeyboardInterrupt
+        return loss(self, ids, final)
+
+    monkeypatch.setattr(module._Model, "loss", dies)
+    with pytest.raises(KeyboardInterrupt):
+        case.polish(tmp_path / "killed")
+    monkeypatch.setattr(module._Model, "loss", loss)
+    resumed = case.polish(tmp_path / "killed")
+    assert resumed.divergence == whole.divergence
+    for name, scale in whole.row_scales.items():
+        assert torch.equal(resumed.row_scales[name], scale)

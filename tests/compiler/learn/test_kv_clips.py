@@ -13,8 +13,11 @@ from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.learn import clips
 from planish.compiler.learn.block import Angles, read_block
 from planish.compiler.learn.factors import Factors
+from planish.compiler.learn.low_bit import LowBitHooks
 from planish.compiler.learn.site_moments import gather_moments
+from planish.compiler.quantize.arithmetic import dequantize_kv, quantize_kv
 from planish.passes.scheme import Scheme
+from planish.passes.transforms import SITES
 from tests.tiny import write_tiny
 
 Matrix = npt.NDArray[np.float64]
@@ -115,3 +118,13 @@ def test_what_the_search_is_given(mapped: bool, tmp_path: Path, monkeypatch: pyt
         torch.testing.assert_close(
             read, torch.einsum("bhtd,hde,bhte->bht", original, original_moment, original), rtol=1e-3, atol=1e-3
         )
+
+
+def test_a_low_bit_block_reads_the_clipped_cache(tmp_path: Path) -> None:
+    block = read_block(open_checkpoint(write_tiny(tmp_path)), 0)
+    hooks = LowBitHooks(block, {site: Factors("identity") for site in SITES}, Scheme.parse("w4a4k3v2"))
+    hooks.clips |= {"key": 0.8, "value": 0.6}
+    query, key, value = torch.randn(3, 2, 2, 5, 16, generator=torch.Generator().manual_seed(2))
+    found = hooks.heads(query, key, value)
+    expected = query, dequantize_kv(*quantize_kv(key, 3, 0.8)), dequantize_kv(*quantize_kv(value, 2, 0.6))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

@@ -119,7 +119,7 @@ def _append(build: Builder, name: str, key: _Append, value: _Append, x: ir.Value
         return build.initializer(array if values[0] != values[1] else array[:, :, :1], f"{name}.{suffix}")
 
     largest = (2 ** bits[0] - 1, 2 ** bits[1] - 1)
-    levels = (np.float32(largest[0]) / clips[0], np.float32(largest[1]) / clips[1])
+    levels = (float(np.float32(largest[0]) / clips[0]), float(np.float32(largest[1]) / clips[1]))
     axis = build.ints([-1], f"{name}.axis")
     maximum, minimum = (build.op(f"Reduce{kind}", [x, axis], f"{name}.{kind.lower()}") for kind in ("Max", "Min"))
     span = build.op("Sub", [maximum, minimum], f"{name}.span")
@@ -127,7 +127,7 @@ def _append(build: Builder, name: str, key: _Append, value: _Append, x: ir.Value
     bounded = build.op("Max", [step, build.floats(SMALLEST_KV_SCALE, f"{name}.smallest")], f"{name}.bounded")
     lowest = minimum
     if min(clips) < 1:
-        margins = ((1 - clips[0]) / np.float32(2), (1 - clips[1]) / np.float32(2))
+        margins = (float((1 - clips[0]) / np.float32(2)), float((1 - clips[1]) / np.float32(2)))
         left_out = build.op("Mul", [span, per_side(margins, np.float32, "margins")], f"{name}.left_out")
         lowest = build.op("Add", [minimum, left_out], f"{name}.lowest")
     pair = build.op("Concat", [bounded, lowest], f"{name}.pair", axis=2)

@@ -190,8 +190,8 @@ def _round_to_codes(build: Builder, x: ir.Value, bits: int, clip: np.float32, na
     span = build.op("Sub", [maximum, minimum], f"{name}.span")
     levels, lowest = highest, minimum
     if clip < 1:
-        levels = build.floats(np.float32(2**bits - 1) / clip, f"{name}.levels")
-        margin = build.floats((1 - clip) / np.float32(2), f"{name}.margin")
+        levels = build.floats(float(np.float32(2**bits - 1) / clip), f"{name}.levels")
+        margin = build.floats(float((1 - clip) / np.float32(2)), f"{name}.margin")
         left_out = build.op("Mul", [span, margin], f"{name}.left_out")
         lowest = build.op("Add", [minimum, left_out], f"{name}.lowest_number")
     step = build.op("Div", [span, levels], f"{name}.step")

@@ -115,7 +115,7 @@ def flatten_block(
 def _split_rows(weight: QuantizedWeight, sizes: list[int]) -> list[QuantizedWeight]:
     return [
         dataclasses.replace(weight, codes=codes, scale=scale.contiguous())
-        for codes, scale in zip(weight.codes.split(sizes), weight.scale.split(sizes, dim=1), strict=True)
+        for codes, scale in zip(torch.split(weight.codes, sizes), torch.split(weight.scale, sizes, dim=1), strict=True)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Perplexity, size and speed of a model under several schemes, each beside the PyTorch oracle of the same scheme.
+"""Perplexity, size and speed of a model rounded to nearest under several schemes, each beside the PyTorch oracle of the same scheme.
 
     python benchmarks/schemes.py --text wikitext2_valid.txt --scheme w4a8k8v8 --scheme w4a4k4v4
 
@@ -65,7 +65,7 @@ def main() -> None:
 
     rows = []
     for scheme in arguments.scheme:
-        recipe = Recipe.read(None, model=arguments.model, scheme=scheme)
+        recipe = Recipe.read(None, model=arguments.model, scheme=scheme, select="none")
         out = arguments.folder / scheme
         bundle = Bundle.open(out) if out.exists() else compile_recipe(recipe, out, Silent())
         found = inspect(bundle)

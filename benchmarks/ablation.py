@@ -23,9 +23,10 @@ from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.learn.block import Angles, FloatHooks, Hooks, read_block, run_block
 from planish.compiler.learn.candidates import Form
-from planish.compiler.learn.flatten_block import Steps, Streams, flatten_block
+from planish.compiler.learn.flatten_block import Steps, flatten_block
 from planish.compiler.learn.flattening import held_out_sequences
 from planish.compiler.learn.precision import fast_products
+from planish.compiler.learn.streams import Streams
 from planish.compiler.measure.evaluation import read_text
 from planish.compiler.quantize.arithmetic import low_bit_linear, quantize_weight
 from planish.compiler.runtime.tokenizer import Tokenizer

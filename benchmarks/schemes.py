@@ -1,4 +1,4 @@
-"""Perplexity, size and speed of a model rounded to nearest under several schemes, each beside the PyTorch oracle of the same scheme.
+"""Perplexity, size and speed of a model rounded to nearest, under several schemes, each beside its PyTorch oracle.
 
     python benchmarks/schemes.py --text wikitext2_valid.txt --scheme w4a8k8v8 --scheme w4a4k4v4
 

@@ -34,6 +34,9 @@ def run_compile(
     nsamples: Annotated[int | None, typer.Option(help="Calibration sequences. [16]")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in a calibration sequence. [512, or the context]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random choices. [0]")] = None,
+    refine: Annotated[
+        int | None, typer.Option(min=0, help="Epochs of learning the transforms of each block by gradient descent. [0]")
+    ] = None,
     polish: Annotated[
         int | None, typer.Option(min=0, help="Epochs of learning norms, scales and clips. [4 if the model is small]")
     ] = None,
@@ -72,6 +75,7 @@ def run_compile(
                 nsamples=nsamples,
                 seqlen=seqlen,
                 seed=seed,
+                refine=refine,
                 polish=polish,
                 verify_passes=verify_passes,
                 targets=target or None,

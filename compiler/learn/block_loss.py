@@ -10,10 +10,10 @@ from torch import Tensor
 from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, Block, Hooks, run_block
 from planish.compiler.learn.clips import kv_clips, search_clip
 from planish.compiler.learn.factors import Factors
-from planish.compiler.learn.flatten_block import Streams
 from planish.compiler.learn.fold import fold_block
 from planish.compiler.learn.low_bit import LowBitHooks, Reached
 from planish.compiler.learn.site_moments import RESIDUAL_SITES, SiteMoments, residual_weights
+from planish.compiler.learn.streams import Streams
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import Site

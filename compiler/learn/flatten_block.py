@@ -2,51 +2,32 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from planish.compiler.learn.block import SITE_MODULES, Angles, Block, run_block
-from planish.compiler.learn.candidates import Form, closed_form
+from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.clips import kv_clips, search_clip
-from planish.compiler.learn.closed_forms import head_transforms
 from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.fold import fold_block
 from planish.compiler.learn.gptq import compensate, gptq
-from planish.compiler.learn.hadamard import hadamard_transform
 from planish.compiler.learn.low_bit import LowBitHooks, Reached, round_activation
-from planish.compiler.learn.site_moments import RESIDUAL_SITES, SiteMoments, gather_moments, residual_weights
+from planish.compiler.learn.refine import Refinement, refine_block
+from planish.compiler.learn.site_factors import closed_form_factors
+from planish.compiler.learn.site_moments import RESIDUAL_SITES, gather_moments, residual_weights
+from planish.compiler.learn.streams import Streams
 from planish.compiler.quantize.arithmetic import QuantizedWeight, dequantize_weight, quantize_weight
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import Site
 
-__all__ = ["Flattened", "Steps", "Streams", "closed_form_factors", "flatten_block"]
+__all__ = ["Flattened", "Steps", "flatten_block"]
 
 #: Ridges tried for the least-squares step before rounding, as shares of the Hessian's mean diagonal.
 _RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 #: Rows on which clips are searched.
 _CLIP_ROWS = 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class Streams:
-    """The inputs of one block, or its outputs.
-
-    Attributes:
-        target: float32 [sequences, seq, hidden], of the float model.
-        seen: the same of the model quantised so far.
-        held_out: how many of the last sequences nothing is fitted to.
-    """
-
-    target: Tensor
-    seen: Tensor
-    held_out: int
-
-    def batches(self, *, held_out: bool = False, size: int = 4) -> Iterator[slice]:
-        """Yield which sequences to take together, of those to fit to or of those held out."""
-        border = len(self.target) - self.held_out
-        first, last = (border, len(self.target)) if held_out else (0, border)
-        yield from (slice(start, min(start + size, last)) for start in range(first, last, size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +55,7 @@ class Flattened:
         codes: by module within the block.
         hooks: run the block as it is now.
         evidence: by site, what was measured.
+        refinement: what refining the transforms did, if it was asked for; see `Refined.evidence`.
     """
 
     factors: dict[Site, Factors]
@@ -81,6 +63,7 @@ class Flattened:
     codes: dict[str, QuantizedWeight]
     hooks: LowBitHooks
     evidence: dict[Site, dict[str, float]]
+    refinement: dict[str, Any] | None = None
 
 
 def flatten_block(
@@ -91,11 +74,16 @@ def flatten_block(
     forms: dict[Site, Form],
     seed: int,
     steps: Steps | None = None,
+    refinement: Refinement | None = None,
 ) -> Flattened:
     """Return `block` flattened for `scheme`, with the given form at every site; `outputs` are the float block's."""
     angles = Angles.of(block.config, streams.target.shape[1], streams.target.device)
     moments = gather_moments(block, (streams.seen[part] for part in streams.batches()), angles)
     factors = closed_form_factors(block, moments, forms, seed)
+    refined = None
+    if refinement is not None and refinement.epochs:
+        refined = refine_block(block, factors, streams, outputs, scheme, refinement)
+        factors = refined.factors
     folded = fold_block(block, factors)
     hooks = LowBitHooks(folded, factors, scheme)
     steps = steps or Steps()
@@ -109,7 +97,7 @@ def flatten_block(
         )
         for module, each in zip(modules, _split_rows(whole, [len(folded.weight(m)) for m in modules]), strict=True):
             codes[module], hooks.weights[module] = each, dequantize_weight(each)
-    return Flattened(factors, hooks.clips, codes, hooks, evidence)
+    return Flattened(factors, hooks.clips, codes, hooks, evidence, None if refined is None else refined.evidence)
 
 
 def _split_rows(weight: QuantizedWeight, sizes: list[int]) -> list[QuantizedWeight]:
@@ -117,33 +105,6 @@ def _split_rows(weight: QuantizedWeight, sizes: list[int]) -> list[QuantizedWeig
         dataclasses.replace(weight, codes=codes, scale=scale.contiguous())
         for codes, scale in zip(torch.split(weight.codes, sizes), torch.split(weight.scale, sizes, dim=1), strict=True)
     ]
-
-
-def closed_form_factors(block: Block, moments: SiteMoments, forms: dict[Site, Form], seed: int) -> dict[Site, Factors]:
-    """Return the closed-form transform of every site; `key` and `value` know identity, rotation and dense."""
-    config = block.config
-    factors: dict[Site, Factors] = {}
-    stored = {"key": (moments.keys, moments.queries), "value": (moments.values, moments.value_readers)}
-    for site, form in forms.items():
-        if site in stored:
-            mixing = torch.from_numpy(hadamard_transform(config.head_dim, seed).without_scale().matrix())
-            if form == "identity":
-                factors[site] = Factors("identity")
-            elif form in ("hadamard", "rotation"):
-                factors[site] = Factors("rotation", None, mixing[None].expand(config.num_key_value_heads, -1, -1))
-            else:
-                factors[site] = Factors("affine", None, head_transforms(*stored[site], mixing.to(moments.keys)))
-        elif site == "attn_out":
-            heads = config.num_attention_heads
-            left = torch.from_numpy(hadamard_transform(heads, seed).without_scale().matrix())
-            factors[site] = Factors("identity") if form == "identity" or heads == 1 else Factors("rotation", left=left)
-        else:
-            factors[site] = closed_form(form, moments.inputs[site], moments.weights[site], seed)
-    # As they will be stored: what is folded must be the inverse of what runs.
-    return {
-        site: Factors(each.kind, *(None if p is None else p.float() for p in (each.scale, each.right, each.left)))
-        for site, each in factors.items()
-    }
 
 
 @dataclasses.dataclass

@@ -18,9 +18,11 @@ from planish.compiler.checkpoint.files import write_json
 from planish.compiler.errors import CalibrationError
 from planish.compiler.learn.block import Angles, Block, FloatHooks, read_block, run_block
 from planish.compiler.learn.candidates import Form
-from planish.compiler.learn.flatten_block import Flattened, Steps, Streams, flatten_block
+from planish.compiler.learn.flatten_block import Flattened, Steps, flatten_block
 from planish.compiler.learn.precision import fast_products
+from planish.compiler.learn.refine import Refinement
 from planish.compiler.learn.stream_files import StreamFiles
+from planish.compiler.learn.streams import Streams
 from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.select.plan_file import load_transforms, save_transforms
 from planish.passes.scheme import Scheme
@@ -57,6 +59,7 @@ def flatten_checkpoint(
     *,
     seed: int = 0,
     steps: Steps | None = None,
+    refinement: Refinement | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Transforms:
     """Flatten every block, write its codes to `codes`, and return the transforms.
@@ -70,6 +73,7 @@ def flatten_checkpoint(
         codes: where codes go.
         seed: of the rotations' signs.
         steps: see `Steps`; None is all of them.
+        refinement: how the closed-form transforms are refined; None is not at all.
         progress: (blocks done, blocks in all).
 
     Raises:
@@ -86,7 +90,9 @@ def flatten_checkpoint(
             block, streams = read_block(checkpoint, layer), files.open(layer)
             outputs = finite_outputs(block, streams, angles, layer)
             with naming_block(layer):
-                flattened = flatten_block(block, streams, outputs, scheme, forms[layer], seed + layer, steps)
+                flattened = flatten_block(
+                    block, streams, outputs, scheme, forms[layer], seed + layer, steps, refinement
+                )
                 _check(flattened)
             _keep(folder / f"layer-{layer}", layer, block, flattened, codes)
 
@@ -154,4 +160,5 @@ def _keep(folder: Path, layer: int, block: Block, flattened: Flattened, codes: C
     }
     stored = {site: flattened.factors[site].stored(widths[site]) for site in SITES}
     save_transforms(Transforms((LayerTransforms(**stored, clips=flattened.clips),)), folder)
-    write_json(folder / _EVIDENCE, flattened.evidence)
+    refinement = {} if flattened.refinement is None else {"refinement": flattened.refinement}
+    write_json(folder / _EVIDENCE, flattened.evidence | refinement)

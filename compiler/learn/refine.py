@@ -18,9 +18,10 @@ from planish.compiler.learn.block_loss import (
     starting_clips,
 )
 from planish.compiler.learn.factors import Factors
-from planish.compiler.learn.flatten_block import Streams, closed_form_factors
 from planish.compiler.learn.precision import fast_products
+from planish.compiler.learn.site_factors import closed_form_factors
 from planish.compiler.learn.site_moments import gather_moments
+from planish.compiler.learn.streams import Streams
 from planish.compiler.learn.trainable import Trainable
 from planish.compiler.progress import Progress, Silent
 from planish.compiler.select.forms import forms_of_groups

@@ -18,10 +18,11 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from planish.compiler.learn.block import SITE_MODULES, Angles, Block, Hooks, run_block
 from planish.compiler.learn.block_loss import held_out_loss, residual_loss, starting_clips
 from planish.compiler.learn.factors import Factors
-from planish.compiler.learn.flatten_block import Streams, closed_form_factors
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.refine import Descent
+from planish.compiler.learn.site_factors import closed_form_factors
 from planish.compiler.learn.site_moments import RESIDUAL_SITES, gather_moments
+from planish.compiler.learn.streams import Streams
 from planish.compiler.learn.trainable import Trainable
 from planish.compiler.select.forms import SITE_GROUPS, forms_of_groups
 from planish.compiler.select.kurtosis import GROUPS, Group

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from planish.compiler.learn.flatten_block import Streams
+from planish.compiler.learn.streams import Streams
 
 __all__ = ["StreamFiles"]
 

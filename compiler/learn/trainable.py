@@ -74,7 +74,7 @@ class Trainable:
 
     def clips(self) -> dict[Site, float]:
         """Return the clips of the sites that have a grid."""
-        return {site: float(logit.sigmoid()) for site, logit in self._clip_logits.items()}
+        return {site: float(logit.detach().sigmoid()) for site, logit in self._clip_logits.items()}
 
     def weight_scale_multipliers(self) -> dict[str, Tensor]:
         """Return by module what multiplies the scales of least squared error, float32 [groups, out]."""

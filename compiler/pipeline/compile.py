@@ -60,6 +60,7 @@ def compile_model(
     nsamples: int | None = None,
     seqlen: int | None = None,
     seed: int | None = None,
+    refine: int | None = None,
     polish: int | None = None,
     verify_passes: bool | None = None,
     targets: Sequence[str] | None = None,
@@ -88,6 +89,7 @@ def compile_model(
         nsamples: see `Recipe`.
         seqlen: see `Recipe`.
         seed: see `Recipe`.
+        refine: see `Recipe`.
         polish: see `Recipe`.
         verify_passes: see `Recipe`.
         targets: see `Recipe`.
@@ -117,6 +119,7 @@ def compile_model(
         nsamples=nsamples,
         seqlen=seqlen,
         seed=seed,
+        refine=refine,
         polish=polish,
         verify_passes=verify_passes,
         targets=None if targets is None else tuple(targets),
@@ -216,6 +219,7 @@ class _Compile:
             self.scheme,
             policy,
             self.calibration,
+            self.recipe.refine,
             self._polish_epochs(),
             self.work.flatten,
             codes,

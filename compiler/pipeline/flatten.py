@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from planish.compiler.calibrate.settings import CalibrationSettings
 from planish.compiler.calibrate.text import calibration_tokens
@@ -13,6 +14,7 @@ from planish.compiler.learn.block import MODULES
 from planish.compiler.learn.candidates import kind_of
 from planish.compiler.learn.flattening import flatten_checkpoint, held_out_sequences, read_evidence
 from planish.compiler.learn.polish import polish
+from planish.compiler.learn.refine import Refinement
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.transformed import TransformedCheckpoint
 from planish.compiler.progress import Progress
@@ -24,7 +26,7 @@ from planish.compiler.select.site_choice import SiteChoice, transforms_entry
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, Transforms
 
-__all__ = ["Flattening", "check_calibration", "flatten"]
+__all__ = ["Flattening", "calibration_on_disk", "check_calibration", "flatten"]
 
 _TOKENS, _CODES = "calibration.npy", "codes"
 
@@ -61,12 +63,13 @@ def flatten(
     scheme: Scheme,
     policy: SelectionPolicy,
     settings: CalibrationSettings,
+    refine_epochs: int,
     polish_epochs: int,
     folder: Path,
     codes: CodesOnDisk,
     progress: Progress,
 ) -> Flattening:
-    """Flatten `checkpoint` for `scheme`, working in `folder`, and polish the result for some epochs, or none.
+    """Flatten `checkpoint` for `scheme`, working in `folder`; refine each block and polish the whole for some epochs.
 
     See `flatten_checkpoint` and `polish` for what a killed run keeps.
     """
@@ -75,7 +78,7 @@ def flatten(
     if polish_epochs:
         (folder / _CODES).mkdir(exist_ok=True)
         rounded = CodesOnDisk(folder / _CODES, checkpoint, scheme)
-    tokens = _tokens(checkpoint, settings, folder / _TOKENS, progress)
+    tokens = calibration_on_disk(checkpoint, settings, folder, progress)
     chosen = choose_forms(checkpoint, scheme, policy, tokens, folder, progress)
     transforms = flatten_checkpoint(
         checkpoint,
@@ -85,6 +88,7 @@ def flatten(
         folder,
         rounded,
         seed=settings.seed,
+        refinement=Refinement(epochs=refine_epochs, seed=settings.seed) if refine_epochs else None,
         progress=lambda done, total: progress.step("flatten", done, total),
     )
     measured = read_evidence(folder, len(chosen))
@@ -149,9 +153,14 @@ def _polish(
     return polished.transforms, {"epochs": epochs, "held_out_divergence": polished.divergence}
 
 
-def _tokens(checkpoint: Checkpoint, settings: CalibrationSettings, path: Path, progress: Progress) -> Any:
+def calibration_on_disk(
+    checkpoint: Checkpoint, settings: CalibrationSettings, folder: Path, progress: Progress
+) -> npt.NDArray[np.int64]:
+    """Return the calibration sequences, int64 [nsamples, seqlen], which are made once and kept in `folder`."""
+    path = folder / _TOKENS
     if path.exists():
-        return np.load(path)
+        kept: npt.NDArray[np.int64] = np.load(path)
+        return kept
     tokens = calibration_tokens(
         settings.dataset,
         checkpoint,

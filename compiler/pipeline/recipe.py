@@ -34,6 +34,7 @@ class Recipe(BaseModel):
         nsamples: calibration sequences.
         seqlen: tokens in each; None is 512, or what the model was made for where that is less.
         seed: of all random choices.
+        refine: epochs for which the transforms of each block are learned by gradient descent, from their closed forms.
         polish: epochs for which norms, scales and clips of the whole model are learned last, see `polish`; None is 4
             where the model is small enough.
         verify_passes: run the float graph after every pass that flattens, and stop where the logits move.
@@ -57,6 +58,7 @@ class Recipe(BaseModel):
     nsamples: int = 16
     seqlen: int | None = None
     seed: int = 0
+    refine: NonNegativeInt = 0
     polish: NonNegativeInt | None = None
     verify_passes: bool = True
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("ort",)

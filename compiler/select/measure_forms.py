@@ -17,12 +17,13 @@ from planish.compiler.learn.block import SITE_MODULES, Angles, Block, FloatHooks
 from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.clips import search_clip
 from planish.compiler.learn.factors import Factors
-from planish.compiler.learn.flatten_block import Streams, closed_form_factors
 from planish.compiler.learn.flattening import finite_outputs, held_out_sequences, naming_block
 from planish.compiler.learn.low_bit import round_activation, round_cached
 from planish.compiler.learn.precision import fast_products
+from planish.compiler.learn.site_factors import closed_form_factors
 from planish.compiler.learn.site_moments import gather_moments, residual_weights
 from planish.compiler.learn.stream_files import StreamFiles
+from planish.compiler.learn.streams import Streams
 from planish.compiler.progress import Progress
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
 from planish.compiler.select.forms import MEASURED_FORMS, online_flops

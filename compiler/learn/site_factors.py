@@ -1,0 +1,40 @@
+"""The transforms of all sites of one block, in closed form."""
+
+import torch
+
+from planish.compiler.learn.block import Block
+from planish.compiler.learn.candidates import Form, closed_form
+from planish.compiler.learn.closed_forms import head_transforms
+from planish.compiler.learn.factors import Factors
+from planish.compiler.learn.hadamard import hadamard_transform
+from planish.compiler.learn.site_moments import SiteMoments
+from planish.passes.transforms import Site
+
+__all__ = ["closed_form_factors"]
+
+
+def closed_form_factors(block: Block, moments: SiteMoments, forms: dict[Site, Form], seed: int) -> dict[Site, Factors]:
+    """Return the closed-form transform of every site; `key` and `value` know identity, rotation and dense."""
+    config = block.config
+    factors: dict[Site, Factors] = {}
+    stored = {"key": (moments.keys, moments.queries), "value": (moments.values, moments.value_readers)}
+    for site, form in forms.items():
+        if site in stored:
+            mixing = torch.from_numpy(hadamard_transform(config.head_dim, seed).without_scale().matrix())
+            if form == "identity":
+                factors[site] = Factors("identity")
+            elif form in ("hadamard", "rotation"):
+                factors[site] = Factors("rotation", None, mixing[None].expand(config.num_key_value_heads, -1, -1))
+            else:
+                factors[site] = Factors("affine", None, head_transforms(*stored[site], mixing.to(moments.keys)))
+        elif site == "attn_out":
+            heads = config.num_attention_heads
+            left = torch.from_numpy(hadamard_transform(heads, seed).without_scale().matrix())
+            factors[site] = Factors("identity") if form == "identity" or heads == 1 else Factors("rotation", left=left)
+        else:
+            factors[site] = closed_form(form, moments.inputs[site], moments.weights[site], seed)
+    # As they will be stored: what is folded must be the inverse of what runs.
+    return {
+        site: Factors(each.kind, *(None if p is None else p.float() for p in (each.scale, each.right, each.left)))
+        for site, each in factors.items()
+    }

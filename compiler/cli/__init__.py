@@ -10,6 +10,7 @@ from planish.compiler.cli.evaluate import run_eval
 from planish.compiler.cli.export import run_export
 from planish.compiler.cli.generate import run_generate
 from planish.compiler.cli.inspect import run_inspect
+from planish.compiler.cli.study import study_app
 from planish.compiler.errors import PlanishError
 
 __all__ = ["app", "main"]
@@ -21,6 +22,7 @@ app.command("generate")(run_generate)
 app.command("bench")(run_bench)
 app.command("inspect")(run_inspect)
 app.command("doctor")(run_doctor)
+app.add_typer(study_app, name="study")
 
 
 def main() -> None:

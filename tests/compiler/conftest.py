@@ -1,12 +1,15 @@
 """A tiny checkpoint and bundles made of it, shared by the tests that only read them."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.bundle.float_bundle import export_bundle
+from planish.compiler.cli import main
 from planish.compiler.pipeline.compile import compile_model
+from tests.command import Result, Run
 from tests.tiny import write_tiny
 
 
@@ -35,3 +38,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sentence = "the hen and the tin man's otter ran in; her café is 北 of the inn, number {}. "
     path.write_text("".join(sentence.format(i) for i in range(60)), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command line in this process."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["planish", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Result(int(ended.value.code or 0), *capsys.readouterr())
+
+    return run

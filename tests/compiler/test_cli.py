@@ -1,6 +1,5 @@
 """Every command does its work and prints one JSON line; every bad input has its message and exit code."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -17,44 +16,12 @@ from safetensors.numpy import load_file, save_file
 from planish.compiler import errors
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.bundle.layout import MANIFEST_FILE
-from planish.compiler.cli import main
 from planish.compiler.pipeline import compile as pipeline
 from planish.passes.scheme import SchemeError
 from planish.plugins.errors import PlanishError
+from tests.command import Run
 
 WEIGHTS = "model.safetensors"
-
-
-@dataclasses.dataclass
-class Result:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """The one line of stdout."""
-        (line,) = self.out.splitlines()
-        return json.loads(line)
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line in this process."""
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["planish", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return Result(int(ended.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -71,7 +38,8 @@ def copy(bundle: Bundle, tmp_path: Path) -> Path:
 
 def test_compile_inspect_eval_generate(run: Run, tiny: Path, tmp_path: Path, text: Path) -> None:
     out = tmp_path / "out"
-    compiled = run("compile", tiny, "--scheme", "w3a3k3v3", "--lm-head", "w8a8", "-o", out, "--json")
+    few = ("--dataset", text, "--nsamples", 6, "--seqlen", 32)
+    compiled = run("compile", tiny, "--scheme", "w3a3k3v3", "--lm-head", "w8a8", "-o", out, "--json", *few)
     assert compiled.code == 0, compiled.err
     assert "portable model" in compiled.err
     assert compiled.json["output"] == str(out)
@@ -198,7 +166,7 @@ def test_bad_checkpoints(
     run: Run, model: Path, tmp_path: Path, damage: Callable[[Path], Any], code: int, message: str
 ) -> None:
     damage(model)
-    done = run("compile", model, "--scheme", "w4a8", "-o", tmp_path / "out")
+    done = run("compile", model, "--scheme", "w4a8", "--select", "none", "-o", tmp_path / "out")
     assert done.code == code
     assert done.err.splitlines()[-1].startswith("error: ")
     assert message in done.err
@@ -222,7 +190,7 @@ def test_bad_settings(run: Run, tiny: Path, tmp_path: Path, arguments: list[str]
 
 
 def test_bad_outputs(run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ("compile", tiny, "--scheme", "w4a8", "-o")
+    options = ("compile", tiny, "--scheme", "w4a8", "--select", "none", "-o")
     (tmp_path / "file").touch()
     not_empty = run(*options, tmp_path)
     assert (not_empty.code, "is not empty" in not_empty.err) == (12, True)
@@ -244,7 +212,7 @@ def test_failed_verification(run: Run, tiny: Path, tmp_path: Path, monkeypatch: 
         raise errors.AccuracyError("Layer 3 drifts first")
 
     monkeypatch.setattr(pipeline, "verify", fail)
-    done = run("compile", tiny, "--scheme", "w4a8", "-o", tmp_path / "out")
+    done = run("compile", tiny, "--scheme", "w4a8", "--select", "none", "-o", tmp_path / "out")
     assert (done.code, "Layer 3 drifts first" in done.err) == (4, True)
     assert not (tmp_path / "out").exists()
 
@@ -255,9 +223,9 @@ def test_interrupt(run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "verify", interrupt)
-        done = run("compile", tiny, "--scheme", "w4a8", "-o", tmp_path / "out")
+        done = run("compile", tiny, "--scheme", "w4a8", "--select", "none", "-o", tmp_path / "out")
     assert (done.code, "run the same command again to resume" in done.err) == (130, True)
-    again = run("compile", tiny, "--scheme", "w4a8", "-o", tmp_path / "out")
+    again = run("compile", tiny, "--scheme", "w4a8", "--select", "none", "-o", tmp_path / "out")
     assert (again.code, "resuming" in again.err) == (0, True)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from planish.compiler.errors import RecipeError
+from planish.compiler.errors import CalibrationError, RecipeError, SelectionError
 from planish.compiler.pipeline.recipe import Recipe
 
 
@@ -34,7 +34,6 @@ def test_written_recipe_reads_back(tmp_path: Path) -> None:
         ("model: a\nscheme: w4a4\nnum_layers: two\n", "'num_layers' is 'two'"),
         ("model: a\nscheme: w4a4\ntargets: [ort, tpu]\n", r"'targets\.1' is 'tpu'"),
         ("model: a\nscheme: w4a4\ntargets: []\n", "'targets'"),
-        ("model: a\nscheme: w4a4\nselect: best\n", "'select' is 'best'"),
         ("- a\n", "not a mapping"),
         ("a: [\n", "cannot be read"),
     ],
@@ -47,3 +46,38 @@ def test_wrong_recipes_name_the_setting(tmp_path: Path, text: str, message: str)
 def test_missing_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read"):
         Recipe.read(tmp_path / "no.yaml")
+
+
+def test_auto_follows_the_scheme() -> None:
+    assert str(Recipe(model="a", scheme="w4a4").parsed_policy()) == "fixed:affine"
+    assert str(Recipe(model="a", scheme="w16a16k4v4").parsed_policy()) == "none"
+    assert str(Recipe(model="a", scheme="w16a16k4v4", select="none").parsed_policy()) == "none"
+
+
+def test_a_plan_is_a_policy() -> None:
+    policy = Recipe(model="a", scheme="w4a4", plan="some/plan.json").parsed_policy()
+    assert (policy.name, policy.plan, str(policy)) == ("plan", Path("some/plan.json"), "plan:plan.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"select": "best"}, "'best' is not a selection policy"),
+        ({"select": "search"}, "search is not built yet"),
+        ({"select": "measured", "plan": "plan.json"}, "Leave out --plan or --select"),
+        ({"scheme": "w16a16", "select": "kurtosis"}, "leaves linears in floating point"),
+        ({"scheme": "w16a16", "plan": "plan.json"}, "leaves linears in floating point"),
+    ],
+)
+def test_policies_that_cannot_be(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
+        Recipe(**{"model": "a", "scheme": "w4a4", **settings}).parsed_policy()
+
+
+def test_only_the_default_length_shrinks_to_the_context() -> None:
+    recipe = Recipe(model="a", scheme="w4a4")
+    assert [recipe.calibration(context).seqlen for context in (None, 4096, 256)] == [512, 512, 256]
+    asked = Recipe(model="a", scheme="w4a4", seqlen=300)
+    assert asked.calibration(300).seqlen == 300
+    with pytest.raises(CalibrationError, match="longer than the model's context of 256"):
+        asked.calibration(256)

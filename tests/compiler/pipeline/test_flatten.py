@@ -1,0 +1,180 @@
+"""The flatten stage in a compile: verified against the oracle, resumed after a kill, never mixed with other runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.checkpoint import open_checkpoint
+from planish.compiler.errors import CalibrationError, PlanError
+from planish.compiler.pipeline.compile import compile_model
+from planish.compiler.progress import Silent
+from planish.compiler.select.plan_file import load_transforms
+from planish.compiler.select.site_choice import read_choices
+from tests.tiny import VARIANTS, write_tiny
+
+SCHEME = "w4a4k4v4"
+KILLED = 9
+
+
+class Heard(Silent):
+    """Remembers what a compile said, and which steps it made."""
+
+    def __init__(self, stop_at: tuple[str, int] | None = None) -> None:
+        self.messages: list[str] = []
+        self.steps: list[tuple[str, int]] = []
+        self._stop_at = stop_at
+
+    def say(self, message: str) -> None:
+        self.messages.append(message)
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        self.steps.append((stage, done))
+        if (stage, done) == self._stop_at:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def few(text: Path) -> dict[str, Any]:
+    """Calibration that takes no time."""
+    return {"dataset": str(text), "nsamples": 6, "seqlen": 32, "polish": 0, "scheme": SCHEME}
+
+
+def contents(bundle: Bundle) -> dict[str, bytes]:
+    """Return the files that flattening decides."""
+    names = ("model.onnx", "model.onnx.data", "plan.json", "plan.safetensors", "engines/ort/model.onnx.data")
+    return {name: (bundle.path / name).read_bytes() for name in names}
+
+
+def report(bundle: Bundle) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((bundle.path / "report" / "report.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("variant", "scheme", "select"),
+    [
+        ("gqa", "w3a3k3v3", "measured"),
+        ("mqa", "w3a3k3v2", "fixed:affine"),
+        ("head_dim", "w4a4k4v4", "fixed:affine"),
+        ("attention_bias", "w4a4k4v4g32", "kurtosis"),
+        ("mlp_bias", "w4a8kv8", "fixed:rotation"),
+        ("tied", "w3a3k3v3", "fixed:affine"),
+        ("untied", "w3a16", "measured:0.5"),
+        ("rope_dynamic", "w2a16g32", "fixed:affine"),
+    ],
+)
+def test_the_compiled_model_is_the_oracles(
+    variant: str, scheme: str, select: str, tmp_path: Path, few: dict[str, Any]
+) -> None:
+    model = write_tiny(tmp_path / "model", **VARIANTS[variant])
+    made = compile_model(model, tmp_path / "out", **{**few, "scheme": scheme, "select": select})
+    found = report(made)
+    assert found["verification"]["logits_error"] < 1e-5
+    assert max(found["passes"].values()) < 1e-5
+    assert len(found["passes"]) >= 5
+    config = open_checkpoint(model).config
+    choices = read_choices(made.path / "plan.json", config, open_checkpoint(model).fingerprint())
+    transforms = load_transforms(made.path, config)
+    assert [transforms.layers[each.layer][each.site].kind for each in choices] == [each.kind for each in choices]
+    # Folded scales, and what runs online: every linear reads what was chosen for its site.
+    assert any(each.kind != "identity" for each in choices)
+    assert all(each.error is not None for each in choices if each.site not in ("key", "value"))
+
+
+def test_a_killed_compile_goes_on_behind_the_last_block(tmp_path: Path, few: dict[str, Any]) -> None:
+    model, out = write_tiny(tmp_path / "model", num_hidden_layers=3), tmp_path / "out"
+    settings = {**few, "select": "measured", "polish": 1}
+    program = f"""
+import os
+from planish.compiler import compile_model
+from planish.compiler.progress import Silent
+
+class Killed(Silent):
+    def step(self, stage, done, total):
+        if (stage, done) == ("flatten", 2):
+            os._exit({KILLED})
+
+compile_model({str(model)!r}, {str(out)!r}, progress=Killed(), **{settings!r})
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ, check=False)
+    assert done.returncode == KILLED
+    # Codes that will be polished are not yet those of the bundle.
+    codes = out.with_name("out.partial") / "flatten" / "codes"
+    written = {path.name: path.stat().st_mtime_ns for path in codes.glob("*.safetensors")}
+    assert set(written) == {"model.layers.0.safetensors", "model.layers.1.safetensors"}
+    heard = Heard()
+    resumed = compile_model(model, out, progress=heard, **settings)
+    assert any("resuming" in message for message in heard.messages)
+    assert [step for step in heard.steps if step[0] == "flatten"] == [("flatten", 3)]
+    fresh = compile_model(model, tmp_path / "fresh", **settings)
+    assert contents(resumed) == contents(fresh)
+
+
+@pytest.mark.parametrize("change", ["seed", "nsamples", "select", "text"])
+def test_other_settings_start_anew(change: str, tiny: Path, text: Path, tmp_path: Path, few: dict[str, Any]) -> None:
+    own = tmp_path / "text.txt"
+    own.write_text(text.read_text(encoding="utf-8"), encoding="utf-8")
+    settings = {**few, "select": "fixed:affine", "dataset": str(own)}
+    with pytest.raises(KeyboardInterrupt):
+        compile_model(tiny, tmp_path / "out", progress=Heard(stop_at=("flatten", 1)), **settings)
+    if change == "text":
+        # The same file, with other words in it.
+        own.write_text(own.read_text(encoding="utf-8").replace("the hen", "a tin"), encoding="utf-8")
+    other = {
+        **settings,
+        **{"seed": {"seed": 5}, "nsamples": {"nsamples": 7}, "select": {"select": "kurtosis"}}.get(change, {}),
+    }
+    heard = Heard()
+    made = compile_model(tiny, tmp_path / "out", progress=heard, **other)
+    assert any("starting anew" in message for message in heard.messages)
+    assert contents(made) == contents(compile_model(tiny, tmp_path / "fresh", **other))
+
+
+def test_a_plan_makes_the_same_model_again(tiny: Path, tmp_path: Path, few: dict[str, Any]) -> None:
+    first = compile_model(tiny, tmp_path / "first", select="measured", **few)
+    plan = tmp_path / "plan.json"
+    plan.write_bytes((first.path / "plan.json").read_bytes())
+    again = compile_model(tiny, tmp_path / "again", plan=plan, **few)
+    assert contents(again)["model.onnx.data"] == contents(first)["model.onnx.data"]
+    made = json.loads((again.path / "plan.json").read_text())["transforms"]
+    assert made["policy"] == "plan:plan.json"
+    # The recipe names it by a path that holds from anywhere, so it makes the bundle again.
+    repeated = compile_model(None, tmp_path / "repeated", recipe=again.path / "recipe.yaml")
+    assert contents(repeated) == contents(again)
+
+
+def test_a_plan_edited_by_hand_is_followed(tiny: Path, tmp_path: Path, few: dict[str, Any]) -> None:
+    first = compile_model(tiny, tmp_path / "first", select="fixed:rotation", **few)
+    content = json.loads((first.path / "plan.json").read_text())
+    for entry in content["transforms"]["sites"]:
+        if (entry["layer"], entry["site"]) == (1, "ffn_out"):
+            entry |= {"form": "kronecker", "kind": "affine"}
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(content))
+    made = compile_model(tiny, tmp_path / "edited", plan=plan, **few)
+    transforms = load_transforms(made.path, made.config)
+    assert [layer.ffn_out.kind for layer in transforms.layers] == ["rotation", "affine"]
+    assert report(made)["verification"]["logits_error"] < 1e-5
+
+    plan.write_text(json.dumps({"transforms": {**content["transforms"], "sites": []}}))
+    with pytest.raises(PlanError, match="layer 0, site attn_in: there is no entry for it"):
+        compile_model(tiny, tmp_path / "out", plan=plan, **few)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_default_length_shrinks_to_the_context(tiny: Path, tmp_path: Path, few: dict[str, Any], text: Path) -> None:
+    settings = {**few, "dataset": str(text), "nsamples": 4, "select": "fixed:rotation", "num_layers": 1}
+    del settings["seqlen"]
+    with pytest.raises(KeyboardInterrupt):
+        compile_model(tiny, tmp_path / "out", progress=Heard(stop_at=("flatten", 1)), **settings)
+    assert np.load(tmp_path / "out.partial" / "flatten" / "calibration.npy").shape == (4, 256)
+    with pytest.raises(CalibrationError, match="longer than the model's context of 256"):
+        compile_model(tiny, tmp_path / "other", **settings, seqlen=257)
+    assert not (tmp_path / "other.partial").exists()

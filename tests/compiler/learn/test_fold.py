@@ -76,13 +76,10 @@ def change(block: Block, factors: dict[Site, Factors]) -> float:
     return float((found - expected).norm() / (expected - x).norm())
 
 
-# Multiplying a bias by a scale, fold.py transposes it, which PyTorch warns of once a process.
-@pytest.mark.filterwarnings("ignore:The use of `x.T`:UserWarning")
 def test_all_sites_together(block: Block) -> None:
     assert change(block, random_factors(block)) < 1e-6
 
 
-@pytest.mark.filterwarnings("ignore:The use of `x.T`:UserWarning")
 @pytest.mark.parametrize("site", SITES)
 def test_each_site_alone(block: Block, site: Site) -> None:
     assert change(block, {site: random_factors(block)[site]}) < 1e-6

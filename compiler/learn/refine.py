@@ -55,7 +55,7 @@ class Refinement:
     epochs: int = 5
     batch: int = 2
     inputs: Inputs = "seen"
-    rate: float = 5e-3
+    rate: float = 1e-2
     clip_rate: float = 5e-2
     seed: int = 0
 

@@ -88,7 +88,9 @@ def flatten_block(
     hooks = LowBitHooks(folded, factors, scheme)
     steps = steps or Steps()
     if steps.clips:
-        hooks.clips |= kv_clips(block, streams.seen[next(streams.batches())], angles, factors, moments, scheme)
+        first = next(streams.batches())
+        token_weights = residual_weights(outputs[first])
+        hooks.clips |= kv_clips(block, streams.seen[first], angles, factors, scheme, token_weights)
     codes: dict[str, QuantizedWeight] = {}
     evidence: dict[Site, dict[str, float]] = {}
     for site, modules in SITE_MODULES.items():

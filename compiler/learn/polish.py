@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, Block, read_block, run_block
+from planish.compiler.learn.clip_parameter import clip_of, clip_parameter
 from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.fold import fold_block
 from planish.compiler.learn.low_bit import LowBitHooks
@@ -37,7 +38,6 @@ _MOMENTA = (0.9, 0.95)
 _LONGEST = 1.0
 #: The norm that a site's channel scale folds into.
 _NORMS: dict[Site, str] = {"attn_in": "input_layernorm", "ffn_in": "post_attention_layernorm"}
-_WIDEST_CLIP = 0.98
 _STATE = "polish.pt"
 
 
@@ -220,7 +220,7 @@ class _PolishedHooks(LowBitHooks):
         self._bits = {site: each for site, each in bits.items() if each < 8}
         self._rest = {site: layer.clip(site) for site in SITES}
         for site in self._bits:
-            self.learned[site] = torch.tensor(min(layer.clip(site), _WIDEST_CLIP)).logit().requires_grad_()
+            self.learned[site] = clip_parameter(layer.clip(site))
 
     def gain(self, norm: str) -> Tensor:
         """Return the gain of a norm."""
@@ -253,11 +253,11 @@ class _PolishedHooks(LowBitHooks):
             gain = self.learned[norm].detach().exp().numpy()
             scale = before[site].scale
             changed[site] = dataclasses.replace(before[site], scale=gain if scale is None else scale * gain)
-        clips = {**before.clips, **{site: float(self.learned[site].detach().sigmoid()) for site in self._bits}}
+        clips = {**before.clips, **{site: float(clip_of(self.learned[site].detach())) for site in self._bits}}
         return dataclasses.replace(before, **changed, clips=clips)
 
     def _clip(self, site: Site) -> Tensor:
-        return self.learned[site].sigmoid() if site in self._bits else torch.tensor(self._rest[site])
+        return clip_of(self.learned[site]) if site in self._bits else torch.tensor(self._rest[site])
 
 
 def _float(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -89,9 +89,7 @@ def refine_block(
     progress: Progress | None = None,
 ) -> Refined:
     """Refine `factors` from the clips that `starting_clips` finds; see `refine`."""
-    angles = Angles.of(block.config, streams.seen.shape[1], streams.seen.device)
-    moments = gather_moments(block, (streams.seen[part] for part in streams.batches()), angles)
-    clips = starting_clips(block, factors, moments, streams, outputs, scheme)
+    clips = starting_clips(block, factors, streams, outputs, scheme)
     return refine(block, factors, clips, streams, outputs, scheme, settings, progress)
 
 
@@ -183,7 +181,7 @@ def _usable_start(task: _Task, factors: dict[Site, Factors], clips: dict[Site, f
     moments = gather_moments(task.block, (task.streams.target[part] for part in task.streams.batches()), task.angles)
     forms = forms_of_groups({"attn": "rotation", "ffn": "rotation"})
     factors = closed_form_factors(task.block, moments, forms, seed)
-    clips = starting_clips(task.block, factors, moments, task.streams, task.outputs, task.scheme)
+    clips = starting_clips(task.block, factors, task.streams, task.outputs, task.scheme)
     evidence = {
         "held_out_losses": [task.loss_of(factors, clips)],
         "kept_epoch": 0,

@@ -15,10 +15,10 @@ from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.files import write_json
 from planish.compiler.learn.block import SITE_MODULES, Angles, Block, FloatHooks, read_block, run_block
 from planish.compiler.learn.candidates import Form
-from planish.compiler.learn.clips import search_clip
+from planish.compiler.learn.clips import read_heads, search_clip, search_kv_clip
 from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.flattening import finite_outputs, held_out_sequences, naming_block
-from planish.compiler.learn.low_bit import round_activation, round_cached
+from planish.compiler.learn.low_bit import round_activation, round_mapped
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.site_factors import closed_form_factors
 from planish.compiler.learn.site_moments import gather_moments, residual_weights
@@ -91,7 +91,8 @@ def _measure_block(block: Block, streams: Streams, outputs: Tensor, angles: Angl
     sample = _Sampling(block)
     first = next(iter(streams.batches()))
     run_block(block.config, sample, streams.target[first], angles)
-    weights = residual_weights(outputs[first])[:_CLIP_ROWS]
+    weights = residual_weights(outputs[first])
+    heads, output = read_heads(block, streams.target[first], angles), block.weight("self_attn.o_proj")
     result = FormErrors({site: {} for site in SITES}, {site: {} for site in SITES}, {site: {} for site in SITES})
     widths = {site: x.shape[-1] for site, x in sample.seen.items()}
     for site in SITES:
@@ -105,8 +106,11 @@ def _measure_block(block: Block, streams: Streams, outputs: Tensor, angles: Angl
                 continue
             hooks = _OneSite(block, site, factors, scheme)
             if site in SITE_MODULES:
-                hooks.round_linears(sample.seen[site].flatten(0, -2)[:_CLIP_ROWS], weights)
+                hooks.round_linears(sample.seen[site].flatten(0, -2)[:_CLIP_ROWS], weights[:_CLIP_ROWS])
                 result.rho[site][form] = rho_of(factors, moments.inputs[site], moments.weights[site])
+            else:
+                bits = scheme.key_bits if site == "key" else scheme.value_bits
+                hooks.clip = search_kv_clip(site, factors, bits, heads, output, weights)
             error = _held_out_error(block, hooks, streams, outputs, angles)
             result.errors[site][form] = error if math.isfinite(error) else math.inf
             result.flops[site][form] = online_flops(site, stored, block.config)
@@ -142,7 +146,7 @@ class _OneSite(FloatHooks):
         super().__init__(block)
         self._site, self._factors, self._scheme = site, factors, scheme
         self._weights: dict[str, Tensor] = {}
-        self._clip = 1.0
+        self.clip = 1.0
 
     def round_linears(self, rows: Tensor, token_weights: Tensor) -> None:
         """Round the linears of the site, and find its clip on `rows` [tokens, n]."""
@@ -151,13 +155,13 @@ class _OneSite(FloatHooks):
             mapped = self._factors.apply_to_weight(self._block.weight(module).double()).float()
             self._weights[module] = dequantize_weight(quantize_weight(mapped, form))
         stacked = torch.cat(list(self._weights.values()))
-        self._clip = search_clip(self._factors.apply(rows), stacked, form, token_weights)
+        self.clip = search_clip(self._factors.apply(rows), stacked, form, token_weights)
 
     def site(self, site: Site, x: Tensor) -> Tensor:
         """Transform and round at the one site."""
         if site != self._site:
             return x
-        return round_activation(self._factors.apply(x), self._scheme.linear.activation_bits, self._clip)
+        return round_activation(self._factors.apply(x), self._scheme.linear.activation_bits, self.clip)
 
     def linear(self, module: str, x: Tensor) -> Tensor:
         """Return the output of a linear, rounded or not."""
@@ -174,8 +178,4 @@ class _OneSite(FloatHooks):
         return query, key, value
 
     def _stored(self, x: Tensor, bits: int) -> Tensor:
-        right = self._factors.right
-        if right is None:
-            return round_cached(x, bits)
-        back: Tensor = torch.linalg.inv(right)
-        return round_cached(x @ right, bits) @ back
+        return round_mapped(x, self._factors.right, bits, self.clip)

@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from planish.compiler.learn.clip_parameter import clip_of, clip_parameter
 from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.fold import fold_block
 from planish.compiler.learn.low_bit import LowBitHooks
+from planish.compiler.learn.next_token import Head
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.trainable import round_activation_through, round_cached_through
 from planish.compiler.quantize.arithmetic import QuantizedWeight, dequantize_weight
@@ -130,11 +130,10 @@ class _Model:
 
     def __init__(self, checkpoint: Checkpoint, scheme: Scheme, transforms: Transforms, codes: CodesOnDisk) -> None:
         self._config, self._transforms = checkpoint.config, transforms
-        table = _float(checkpoint, "model.embed_tokens.weight")
+        table = torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight").astype(np.float32))
         # As they are stored in the compiled model.
         self._embeddings = table.half().float()
-        self._head = table if self._config.tie_word_embeddings else _float(checkpoint, "lm_head.weight")
-        self._gain = _float(checkpoint, "model.norm.weight")
+        self._head = Head.of(checkpoint)
         self._layers = []
         for i, layer in enumerate(transforms.layers):
             factors = {site: Factors.of(layer[site]) for site in SITES}
@@ -165,10 +164,7 @@ class _Model:
                 x = recompute(run_block, self._config, layer, x, angles, use_reentrant=False)
             else:
                 x = run_block(self._config, layer, x, angles)
-        with torch.no_grad():
-            expected = self._log_probabilities(final)
-        found = self._log_probabilities(x)
-        return torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum") / ids.numel()
+        return self._head.divergence(x, final)
 
     @torch.no_grad()
     def divergence(self, ids: Tensor, final: Tensor) -> float:
@@ -190,10 +186,6 @@ class _Model:
             layer.polished(before) for layer, before in zip(self._layers, self._transforms.layers, strict=True)
         )
         return dataclasses.replace(self._transforms, layers=layers)
-
-    def _log_probabilities(self, x: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self._config.rms_norm_eps)
-        return torch.log_softmax(self._gain * (x * scale) @ self._head.T, -1)
 
 
 class _PolishedHooks(LowBitHooks):
@@ -258,8 +250,3 @@ class _PolishedHooks(LowBitHooks):
 
     def _clip(self, site: Site) -> Tensor:
         return clip_of(self.learned[site]) if site in self._bits else torch.tensor(self._rest[site])
-
-
-def _float(checkpoint: Checkpoint, name: str) -> Tensor:
-    tensor: Any = checkpoint.tensor(name)
-    return torch.from_numpy(tensor.astype(np.float32))

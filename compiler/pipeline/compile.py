@@ -171,6 +171,7 @@ class _Compile:
     progress: Progress
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     drifts: tuple[PassDrift, ...] = ()
+    fallback: str | None = None
 
     def run(self) -> None:
         """Run the stages."""
@@ -203,6 +204,8 @@ class _Compile:
         if flattening is not None:
             plan["transforms"] = flattening.plan
             save_transforms(flattening.transforms, bundle)
+        if self.fallback is not None:
+            plan["fallback"] = self.fallback
         write_json(bundle / PLAN_FILE, plan)
         self._repeatable_recipe().write(bundle / RECIPE_FILE)
         manifest = self._manifest()
@@ -225,6 +228,12 @@ class _Compile:
             codes,
             self.progress,
         )
+        if flattening.lost_to_nearest is not None:
+            self.progress.say(f"flattening does not pay: {flattening.lost_to_nearest}")
+            if self.recipe.leaves_policy_open:
+                self.fallback = f"nothing is flattened: {flattening.lost_to_nearest}"
+                codes.drop()
+                return None
         if self.recipe.verify_passes:
             self.progress.say("verifying the passes that flatten")
             self.drifts = verify_flattening(self.checkpoint, flattening.transforms)

@@ -95,14 +95,10 @@ class Recipe(BaseModel):
         """Return the selection policy; `auto` is resolved.
 
         Raises:
-            SelectionError: if it cannot be read, is not built yet, contradicts a plan, or needs low-bit linears and the
+            SelectionError: if it cannot be read, contradicts a plan, or needs low-bit linears and the
                 scheme has none.
         """
         policy = SelectionPolicy.parse(self.select)
-        if policy.name == "search":
-            raise SelectionError(
-                "The policy search is not built yet. Give fixed:rotation, fixed:affine, kurtosis or measured."
-            )
         if self.plan is not None:
             if policy.name != "auto":
                 raise SelectionError(
@@ -118,6 +114,11 @@ class Recipe(BaseModel):
                 "point. Leave out --select and --plan, or give the linears low bits."
             )
         return SelectionPolicy.parse("fixed:affine") if policy.name == "auto" else policy
+
+    @property
+    def leaves_policy_open(self) -> bool:
+        """Whether the compiler may choose how, and whether, to flatten."""
+        return self.plan is None and SelectionPolicy.parse(self.select).name == "auto"
 
     def calibration(self, context: int | None = None) -> CalibrationSettings:
         """Return what to calibrate on, for a model made for `context` tokens; None where that is not known yet.

@@ -1,9 +1,9 @@
 """Measure what every form costs in accuracy: the error of a block's output with one site of it low-bit."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,20 +12,17 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from planish.compiler.checkpoint import Checkpoint
-from planish.compiler.checkpoint.files import write_json
-from planish.compiler.learn.block import SITE_MODULES, Angles, Block, FloatHooks, read_block, run_block
+from planish.compiler.learn.block import SITE_MODULES, Angles, Block, FloatHooks, run_block
 from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.clips import read_heads, search_clip, search_kv_clip
 from planish.compiler.learn.factors import Factors
-from planish.compiler.learn.flattening import finite_outputs, held_out_sequences, naming_block
 from planish.compiler.learn.low_bit import round_activation, round_mapped
-from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.site_factors import closed_form_factors
 from planish.compiler.learn.site_moments import gather_moments, residual_weights
-from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.streams import Streams
 from planish.compiler.progress import Progress
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
+from planish.compiler.select.float_blocks import visit_float_blocks
 from planish.compiler.select.forms import MEASURED_FORMS, online_flops
 from planish.compiler.select.rho import rho_of
 from planish.passes.scheme import Scheme
@@ -55,35 +52,27 @@ class FormErrors:
     rho: dict[Site, dict[Form, float]]
 
 
-@torch.no_grad()
 def measure_forms(
     checkpoint: Checkpoint, scheme: Scheme, token_ids: npt.NDArray[np.int64], folder: Path, progress: Progress
 ) -> list[FormErrors]:
-    """Return the errors at every block, on float inputs, keeping each block's in `folder`.
+    """Return the errors at every block; see `visit_float_blocks` for what is kept in `folder`.
 
     Transforms are fitted to all calibration sequences but the last eighth, on which errors are measured.
     """
-    config, found = checkpoint.config, []
-    files = StreamFiles(folder / "measure", held_out_sequences(len(token_ids)))
-    if files.newest() is None:
-        table = torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight").astype(np.float32))
-        files.begin(token_ids, lambda ids: table[ids])
-    angles = Angles.of(config, token_ids.shape[1])
-    with fast_products():
-        for layer in range(config.num_hidden_layers):
-            path = folder / f"forms-{layer}.json"
-            # The streams go on after the errors are kept, so a run that was killed between the two does only that.
-            if files.newest() == layer:
-                block, streams = read_block(checkpoint, layer), files.open(layer)
-                outputs = finite_outputs(block, streams, angles, layer)
-                if not path.exists():
-                    with naming_block(layer):
-                        measured = _measure_block(block, streams, outputs, angles, scheme)
-                    write_json(path, dataclasses.asdict(measured))
-                files.advance(layer, outputs, lambda x: x)
-            found.append(FormErrors(**json.loads(path.read_text(encoding="utf-8"))))
-            progress.step("measure transforms", layer + 1, config.num_hidden_layers)
-    return found
+    angles = Angles.of(checkpoint.config, token_ids.shape[1])
+
+    def visit(block: Block, streams: Streams, outputs: Tensor) -> dict[str, Any]:
+        return dataclasses.asdict(_measure_block(block, streams, outputs, angles, scheme))
+
+    found = visit_float_blocks(
+        checkpoint,
+        token_ids,
+        folder,
+        "forms",
+        visit,
+        lambda done, total: progress.step("measure transforms", done, total),
+    )
+    return [FormErrors(**each) for each in found]
 
 
 def _measure_block(block: Block, streams: Streams, outputs: Tensor, angles: Angles, scheme: Scheme) -> FormErrors:

@@ -63,7 +63,6 @@ def test_a_plan_is_a_policy() -> None:
     ("settings", "message"),
     [
         ({"select": "best"}, "'best' is not a selection policy"),
-        ({"select": "search"}, "search is not built yet"),
         ({"select": "measured", "plan": "plan.json"}, "Leave out --plan or --select"),
         ({"scheme": "w16a16", "select": "kurtosis"}, "leaves linears in floating point"),
         ({"scheme": "w16a16", "plan": "plan.json"}, "leaves linears in floating point"),

@@ -127,8 +127,3 @@ def test_forms_that_a_site_does_not_take() -> None:
     choice = SiteChoice(layer=0, site="attn_out", form="rotation", kind="rotation", cost_flops=0)
     with pytest.raises(ValueError, match="attn_out takes identity, rotation, hadamard, and not dense"):
         SiteChoice(**{**choice.model_dump(), "form": "dense", "kind": "affine"})
-
-
-def test_search_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(SelectionError, match="search chooses no transforms yet"):
-        chosen(checkpoint, SelectionPolicy.parse("search"), tmp_path)

@@ -23,10 +23,16 @@ def run_compile(
     ] = None,
     select: Annotated[
         str | None,
-        typer.Option(help="How transforms are chosen: none, fixed:KIND, kurtosis, measured[:BUDGET] or auto. [auto]"),
+        typer.Option(
+            help="How transforms are chosen: none, fixed:KIND, kurtosis, search, measured[:BUDGET], auto. [auto]"
+        ),
     ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="A plan.json, made or edited, to take the transforms from instead of choosing.")
+    ] = None,
+    residual_rotation: Annotated[
+        bool | None,
+        typer.Option("--residual-rotation/--no-residual-rotation", help="Rotate the residual stream first. [off]"),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Calibration text: a .txt or .jsonl file, a Hub data set, or self. [self]")
@@ -71,6 +77,7 @@ def run_compile(
                 lm_head=lm_head,
                 select=select,
                 plan=plan,
+                residual_rotation=residual_rotation,
                 dataset=dataset,
                 nsamples=nsamples,
                 seqlen=seqlen,

@@ -18,6 +18,7 @@ from planish.compiler.checkpoint.files import write_json
 from planish.compiler.checkpoint.first_layers import open_first_layers
 from planish.compiler.export.float_model import save_model
 from planish.compiler.export.portable import portable_model
+from planish.compiler.learn.rotated import RotatedCheckpoint
 from planish.compiler.pipeline.flatten import Flattening, check_calibration, flatten
 from planish.compiler.pipeline.plan import make_plan
 from planish.compiler.pipeline.recipe import Recipe
@@ -56,6 +57,7 @@ def compile_model(
     lm_head: str | None = None,
     select: str | None = None,
     plan: str | Path | None = None,
+    residual_rotation: bool | None = None,
     dataset: str | None = None,
     nsamples: int | None = None,
     seqlen: int | None = None,
@@ -85,6 +87,7 @@ def compile_model(
         lm_head: as all further settings, see `Recipe`.
         select: see `Recipe`.
         plan: see `Recipe`.
+        residual_rotation: see `Recipe`.
         dataset: see `Recipe`.
         nsamples: see `Recipe`.
         seqlen: see `Recipe`.
@@ -115,6 +118,7 @@ def compile_model(
         lm_head=lm_head,
         select=select,
         plan=None if plan is None else str(plan),
+        residual_rotation=residual_rotation,
         dataset=dataset,
         nsamples=nsamples,
         seqlen=seqlen,
@@ -180,15 +184,16 @@ class _Compile:
         # The graph first: what it cannot express is refused before the long work, and its weights are read when saved.
         codes = CodesOnDisk(self.work.codes, self.checkpoint, self.scheme)
         model, left_float = portable_model(self.checkpoint, self.scheme, codes)
-        flattening = self._timed("flatten", lambda: self._flatten(codes))
-        checkpoint, transforms, rounded, rounded_codes = self.checkpoint, None, self.checkpoint, codes
+        flattening = self._timed("flatten", self._flatten)
+        base = checkpoint = self.checkpoint
+        transforms, rounded = None, (self.checkpoint, codes)
         if flattening is not None:
-            checkpoint, transforms = flattening.checkpoint, flattening.transforms
-            rounded, rounded_codes = flattening.rounded
+            base, checkpoint, transforms = flattening.base, flattening.checkpoint, flattening.transforms
+            rounded, codes = flattening.rounded, CodesOnDisk(self.work.codes, base, self.scheme)
             model, left_float = portable_model(self.checkpoint, self.scheme, codes, transforms)
-        self._timed("quantise", self._quantize)
-        if rounded_codes is not codes and not self.scheme.lm_head.is_float:
-            rounded_codes.share(LM_HEAD, codes)
+        self._timed("quantise", lambda: self._quantize(base))
+        if not self.scheme.lm_head.is_float:
+            rounded[1].share(LM_HEAD, codes)
         self._stage("portable model", bundle, lambda: save_model(model, bundle, self._steps("portable model")))
         for target in targets:
             self._stage(f"lower to {target}", engine_folder(bundle, target), partial(self._lower, target))
@@ -199,7 +204,7 @@ class _Compile:
             "verify", lambda: verify(checkpoint, self.scheme, codes, checked / MODEL_FILE, tokens, transforms)
         )
         plan = self._timed(
-            "plan", lambda: make_plan(rounded, self.scheme, rounded_codes, left_float, self._steps("plan"))
+            "plan", lambda: make_plan(rounded[0], self.scheme, rounded[1], left_float, self._steps("plan"))
         )
         if flattening is not None:
             plan["transforms"] = flattening.plan
@@ -212,13 +217,16 @@ class _Compile:
         write_report(Bundle(bundle, manifest), plan, verification, self.drifts, self.seconds)
         manifest.write(bundle)
 
-    def _flatten(self, codes: CodesOnDisk) -> Flattening | None:
-        policy = self.recipe.parsed_policy()
+    def _flatten(self) -> Flattening | None:
+        policy, base = self.recipe.parsed_policy(), self.checkpoint
         if policy.name == "none":
             return None
+        if self.recipe.residual_rotation:
+            base = RotatedCheckpoint(base, self.calibration.seed)
         self.work.codes.mkdir(exist_ok=True)
+        codes = CodesOnDisk(self.work.codes, base, self.scheme)
         flattening = flatten(
-            self.checkpoint,
+            base,
             self.scheme,
             policy,
             self.calibration,
@@ -250,11 +258,11 @@ class _Compile:
             return 0
         return _POLISH_EPOCHS
 
-    def _quantize(self) -> None:
+    def _quantize(self, base: Checkpoint) -> None:
         def step(_: str, done: int, total: int) -> None:
             self.progress.step("quantise", done, total)
 
-        quantize_checkpoint(self.checkpoint, self.scheme, self.work.codes, step)
+        quantize_checkpoint(base, self.scheme, self.work.codes, step)
 
     def _lower(self, target: str) -> None:
         lower(target, self.work.bundle, self.recipe, self.checkpoint.config.max_context, self.progress)

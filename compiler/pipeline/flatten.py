@@ -17,6 +17,7 @@ from planish.compiler.learn.flattening import flatten_checkpoint, held_out_seque
 from planish.compiler.learn.next_token import Head, rounded_to_nearest_outputs
 from planish.compiler.learn.polish import polish
 from planish.compiler.learn.refine import Refinement
+from planish.compiler.learn.rotated import RotatedCheckpoint
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.transformed import TransformedCheckpoint
 from planish.compiler.progress import Progress
@@ -39,7 +40,8 @@ class Flattening:
     """What the stage made.
 
     Attributes:
-        checkpoint: the checkpoint with everything folded that folds.
+        base: the checkpoint that transforms were fitted to.
+        checkpoint: `base` with everything folded that folds.
         transforms: what runs online, and the clips.
         plan: the `transforms` entry of plan.json.
         rounded: the checkpoint as it was when its weights were rounded, and their codes: polishing moves gains and the
@@ -48,6 +50,7 @@ class Flattening:
             with nothing flattened and all weights rounded to nearest; else None.
     """
 
+    base: Checkpoint
     checkpoint: TransformedCheckpoint
     transforms: Transforms
     plan: dict[str, Any]
@@ -121,7 +124,9 @@ def flatten(
         divergence["flattened and polished"] = min(entry["polish"]["held_out_divergence"])
     entry["held_out_divergence"] = divergence
     made = TransformedCheckpoint(checkpoint, transforms)
-    return Flattening(made, transforms, entry, before, _loss_to_nearest(divergence))
+    if isinstance(checkpoint, RotatedCheckpoint):
+        transforms = dataclasses.replace(transforms, residual=checkpoint.rotation)
+    return Flattening(checkpoint, made, transforms, entry, before, _loss_to_nearest(divergence))
 
 
 def _divergence(checkpoint: Checkpoint, scheme: Scheme, tokens: Any, folder: Path) -> dict[str, float]:

@@ -30,6 +30,8 @@ class Recipe(BaseModel):
         select: the policy that picks a transform per site, see `SelectionPolicy.parse`; `none` rounds to nearest
             without any, `auto` is `none` for float linears and `fixed:affine` for all others.
         plan: a plan.json whose transforms are made instead of choosing any; for the same model.
+        residual_rotation: rotate the residual stream, folded into the weights at no cost at run time, before transforms
+            are chosen and fitted.
         dataset: calibration text, as the three settings below; see `CalibrationSettings`.
         nsamples: calibration sequences.
         seqlen: tokens in each; None is 512, or what the model was made for where that is less.
@@ -54,6 +56,7 @@ class Recipe(BaseModel):
     lm_head: str | None = None
     select: str = "auto"
     plan: str | None = None
+    residual_rotation: bool = False
     dataset: str = SELF
     nsamples: int = 16
     seqlen: int | None = None
@@ -107,11 +110,16 @@ class Recipe(BaseModel):
                 )
             policy = SelectionPolicy("plan", plan=Path(self.plan))
         if self.parsed_scheme().linear.is_float:
-            if policy.name in ("auto", "none"):
+            if policy.name in ("auto", "none") and not self.residual_rotation:
                 return SelectionPolicy("none")
             raise SelectionError(
                 f"The policy {policy} flattens what linears round, and {self.scheme} leaves linears in floating "
-                "point. Leave out --select and --plan, or give the linears low bits."
+                "point. Leave out --select, --plan and --residual-rotation, or give the linears low bits."
+            )
+        if policy.name == "none" and self.residual_rotation:
+            raise SelectionError(
+                "A rotation of the residual stream is what transforms stand on, and the policy none makes none. "
+                "Leave out --residual-rotation, or give --select measured:0, which allows nothing that runs online."
             )
         return SelectionPolicy.parse("fixed:affine") if policy.name == "auto" else policy
 

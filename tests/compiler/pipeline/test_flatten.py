@@ -197,6 +197,24 @@ def test_the_default_length_shrinks_to_the_context(tiny: Path, tmp_path: Path, f
     assert not (tmp_path / "other.partial").exists()
 
 
+@pytest.mark.parametrize("select", ["measured:0", "fixed:affine"])
+@pytest.mark.parametrize("variant", ["gqa", "tied", "attention_bias"])
+def test_on_a_rotated_residual_stream(variant: str, select: str, tmp_path: Path, few: dict[str, Any]) -> None:
+    model = write_tiny(tmp_path / "model", **VARIANTS[variant])
+    settings = {**few, "select": select, "residual_rotation": True, "polish": 1}
+    made = compile_model(model, tmp_path / "out", **settings)
+    found = report(made)
+    assert found["verification"]["logits_error"] < 1e-5
+    assert "FoldResidualRotationPass" in found["passes"]
+    assert load_transforms(made.path, open_checkpoint(model).config).residual is not None
+    plan = json.loads((made.path / "plan.json").read_text())
+    if select == "measured:0":
+        assert all(each["cost_flops"] == 0 for each in plan["transforms"]["sites"])
+    # The recipe repeats it.
+    again = compile_model(None, tmp_path / "again", recipe=made.path / "recipe.yaml")
+    assert contents(again) == contents(made)
+
+
 @pytest.mark.parametrize("select", ["auto", "fixed:affine"])
 def test_what_loses_to_rounding_to_nearest(
     select: str, tiny: Path, tmp_path: Path, few: dict[str, Any], monkeypatch: pytest.MonkeyPatch

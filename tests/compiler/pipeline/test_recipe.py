@@ -65,6 +65,8 @@ def test_a_plan_is_a_policy() -> None:
         ({"select": "best"}, "'best' is not a selection policy"),
         ({"select": "measured", "plan": "plan.json"}, "Leave out --plan or --select"),
         ({"scheme": "w16a16", "select": "kurtosis"}, "leaves linears in floating point"),
+        ({"select": "none", "residual_rotation": True}, "what transforms stand on"),
+        ({"scheme": "w16a16", "residual_rotation": True}, "leaves linears in floating point"),
         ({"scheme": "w16a16", "plan": "plan.json"}, "leaves linears in floating point"),
     ],
 )

@@ -68,7 +68,10 @@ def choose_forms(
     if policy.plan is not None:
         return forms_of_plan(policy.plan, checkpoint)
     if policy.kind is not None:
-        return [ChosenForms(forms_of_groups({"attn": policy.kind, "ffn": policy.kind}))] * layers
+        forms = forms_of_groups({"attn": policy.kind, "ffn": policy.kind})
+        if policy.smooth:
+            forms["ffn_out"] = "smooth"
+        return [ChosenForms(forms)] * layers
     if policy.rule is not None:
         statistics = read_kurtosis(checkpoint, policy.rule, lambda done, total: progress.step("kurtosis", done, total))
         return forms_by_kurtosis(statistics, policy.rule)

@@ -82,6 +82,7 @@ def report(bundle: Bundle) -> dict[str, Any]:
         ("head_dim", "w4a4k4v4", "fixed:affine"),
         ("attention_bias", "w4a4k4v4g32", "kurtosis"),
         ("mlp_bias", "w4a8kv8", "fixed:rotation"),
+        ("gqa", "w4a4k4v4", "fixed:rotation:smooth"),
         ("tied", "w3a3k3v3", "fixed:affine"),
         ("untied", "w3a16", "measured:0.5"),
         ("rope_dynamic", "w2a16g32", "fixed:affine"),

@@ -1,7 +1,7 @@
 """How much of its range an activation grid, or that of cached keys and values, should span."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,15 +47,7 @@ def search_clip(inputs: Tensor, weight: Tensor, form: LinearFormat, token_weight
         lost = (round_activation(inputs, form.activation_bits, clip) - inputs) @ weight.T
         return float((token_weights * lost.square().sum(1)).sum())
 
-    # The error has one minimum: stop where it rises.
-    best, least = _CLIPS[0], error(_CLIPS[0])
-    for clip in _CLIPS[1:]:
-        found = error(clip)
-        if found > 1.1 * least:
-            break
-        if found < least:
-            best, least = clip, found
-    return best
+    return _least(_CLIPS, error)
 
 
 @torch.no_grad()
@@ -84,7 +76,19 @@ def search_kv_clip(
         lost = (attend(*heads._replace(**stored)) - expected).flatten(0, -2) @ output.T
         return float((token_weights * lost.square().sum(1)).sum())
 
-    return min(_KV_CLIPS, key=error)
+    return _least(_KV_CLIPS, error)
+
+
+def _least(clips: Sequence[float], error: Callable[[float], float]) -> float:
+    """Return the clip of least error, from the widest on: the error has one minimum, so it stops where that rises."""
+    best, least = clips[0], error(clips[0])
+    for clip in clips[1:]:
+        found = error(clip)
+        if found > 1.1 * least:
+            break
+        if found < least:
+            best, least = clip, found
+    return best
 
 
 @torch.no_grad()

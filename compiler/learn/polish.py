@@ -1,8 +1,8 @@
 """Polish a flattened model as a whole: what stays in floating point learns to make up for what was rounded.
 
-Codes and online factors stay as they are. The gains of norms, the scales of weight rows and the clips move, one
-number per channel, such that the distribution of the next token comes close to
-the float model's: min KL(p_float || p_low_bit) over the calibration text. Roundings pass the gradient straight through.
+Codes stay as they are. The gains of norms, the scales of weight rows, the clips and the online affine maps move, such
+that the distribution of the next token comes close to the float model's: min KL(p_float || p_low_bit) over the
+calibration text. Roundings pass the gradient straight through.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, Block, read_block, run_block
+from planish.compiler.learn.block_loss import conditioning
 from planish.compiler.learn.clip_parameter import clip_of, clip_parameter
 from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.fold import fold_block
@@ -32,7 +33,8 @@ from planish.passes.transforms import SITES, LayerTransforms, Site, Transforms
 
 __all__ = ["Polished", "polish"]
 
-_RATE, _WARM_UP = 2e-3, 0.15
+#: Largest learning rates: of gains, scales and clips, and of the entries of maps; and the share of steps to get there.
+_RATE, _MAP_RATE, _WARM_UP = 2e-3, 2e-4, 0.15
 _MOMENTA = (0.9, 0.95)
 #: Largest norm of the gradient of all parameters together.
 _LONGEST = 1.0
@@ -46,7 +48,7 @@ class Polished:
     """What polishing made.
 
     Attributes:
-        transforms: with new channel scales at the norms, and new clips.
+        transforms: with new channel scales at the norms, new affine maps, and new clips.
         row_scales: by module, what multiplies the scales of its weight rows, float32 [out].
         divergence: mean KL divergence per held-out token, in nats: before, and after every epoch.
     """
@@ -88,8 +90,10 @@ def polish(
     model = _Model(checkpoint, scheme, transforms, codes)
     fitted = len(token_ids) - held_out
     ids = torch.from_numpy(token_ids)
-    optimizer = torch.optim.Adam(model.parameters(), lr=_RATE, betas=_MOMENTA)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=epochs * fitted, pct_start=_WARM_UP)
+    rates = [_MAP_RATE if is_map else _RATE for is_map in model.are_maps()]
+    groups = [{"params": [each], "lr": rate} for each, rate in zip(model.parameters(), rates, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=_MOMENTA)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=epochs * fitted, pct_start=_WARM_UP)
     state = folder / _STATE
     with fast_products():
         if state.exists():
@@ -115,7 +119,8 @@ def polish(
                     progress(epoch * fitted + done, epochs * fitted)
             found = model.divergence(ids[fitted:], final[fitted:])
             if found < min(divergence):
-                best = model.state()
+                # Maps that can hardly be inverted would not fold into the float model that is verified.
+                best, found = (model.state(), found) if model.is_invertible() else (best, math.inf)
             divergence.append(found if math.isfinite(found) else math.inf)
             made = {"model": model.state(), "best": best, "divergence": divergence}
             unfinished = state.with_suffix(".part")
@@ -144,6 +149,18 @@ class _Model:
     def parameters(self) -> list[Tensor]:
         """Return everything that learns."""
         return [parameter for layer in self._layers for parameter in layer.learned.values()]
+
+    def are_maps(self) -> list[bool]:
+        """Return which of the parameters are maps."""
+        return [_is_map(name) for layer in self._layers for name in layer.learned]
+
+    @torch.no_grad()
+    def is_invertible(self) -> bool:
+        """Return whether all maps are; see `conditioning`."""
+        return all(
+            conditioning({site: Factors.of(layer[site]) for site in SITE_MODULES}).problem is None
+            for layer in self.transforms().layers
+        )
 
     def state(self) -> list[Tensor]:
         """Return a copy of the parameters."""
@@ -207,6 +224,12 @@ class _PolishedHooks(LowBitHooks):
         self.learned |= {
             module: torch.zeros(len(weight), requires_grad=True) for module, weight in self.weights.items()
         }
+        # A rotation is to stay one.
+        affine = {site: each for site, each in self._online.items() if site in SITE_MODULES and each.kind == "affine"}
+        for site, each in affine.items():
+            for part, factor in (("right", each.right), ("left", each.left)):
+                if factor is not None:
+                    self.learned[f"{site}.{part}"] = factor.clone().requires_grad_()
         bits: dict[Site, int] = dict.fromkeys(SITE_MODULES, scheme.linear.activation_bits)
         bits |= {"key": scheme.key_bits, "value": scheme.value_bits}
         self._bits = {site: each for site, each in bits.items() if each < 8}
@@ -217,6 +240,14 @@ class _PolishedHooks(LowBitHooks):
     def gain(self, norm: str) -> Tensor:
         """Return the gain of a norm."""
         return super().gain(norm) * self.learned[norm].exp()
+
+    def transform(self, site: Site, x: Tensor) -> Tensor:
+        """Return what runs online at `site`."""
+        online = self._online[site]
+        right, left = (self.learned.get(f"{site}.{part}") for part in ("right", "left"))
+        return dataclasses.replace(
+            online, right=online.right if right is None else right, left=online.left if left is None else left
+        ).apply(x)
 
     def site(self, site: Site, x: Tensor) -> Tensor:
         """Return the transformed input on its grid."""
@@ -240,13 +271,24 @@ class _PolishedHooks(LowBitHooks):
 
     def polished(self, before: LayerTransforms) -> LayerTransforms:
         """Return the transforms of the layer with what was learned."""
-        changed = {}
+        changed = {site: before[site] for site in SITE_MODULES}
         for site, norm in _NORMS.items():
             gain = self.learned[norm].detach().exp().numpy()
             scale = before[site].scale
             changed[site] = dataclasses.replace(before[site], scale=gain if scale is None else scale * gain)
+        for site in SITE_MODULES:
+            right, left = (self.learned.get(f"{site}.{part}") for part in ("right", "left"))
+            changed[site] = dataclasses.replace(
+                changed[site],
+                right=changed[site].right if right is None else right.detach().numpy(),
+                left=changed[site].left if left is None else left.detach().numpy(),
+            )
         clips = {**before.clips, **{site: float(clip_of(self.learned[site].detach())) for site in self._bits}}
         return dataclasses.replace(before, **changed, clips=clips)
 
     def _clip(self, site: Site) -> Tensor:
         return clip_of(self.learned[site]) if site in self._bits else torch.tensor(self._rest[site])
+
+
+def _is_map(name: str) -> bool:
+    return name.endswith((".right", ".left"))

@@ -28,7 +28,8 @@ class Recipe(BaseModel):
         scheme: bits per tensor role, such as w4a4k4v4.
         lm_head: format of the output projection, such as w8a8; None is the default of `Scheme.parse`.
         select: the policy that picks a transform per site, see `SelectionPolicy.parse`; `none` rounds to nearest
-            without any, `auto` is `none` for float linears and `fixed:affine` for all others.
+            without any, `auto` is `none` for float linears, and for others `measured` within a tenth of their FLOPs, or
+            what `fixed:affine` costs if that is more.
         plan: a plan.json whose transforms are made instead of choosing any; for the same model.
         residual_rotation: rotate the residual stream, folded into the weights at no cost at run time, before transforms
             are chosen and fitted.
@@ -95,7 +96,7 @@ class Recipe(BaseModel):
         return Scheme.parse(self.scheme, self.lm_head)
 
     def parsed_policy(self) -> SelectionPolicy:
-        """Return the selection policy; `auto` is resolved.
+        """Return the selection policy; `auto` is `none` where linears stay in floating point.
 
         Raises:
             SelectionError: if it cannot be read, contradicts a plan, or needs low-bit linears and the
@@ -121,7 +122,7 @@ class Recipe(BaseModel):
                 "A rotation of the residual stream is what transforms stand on, and the policy none makes none. "
                 "Leave out --residual-rotation, or give --select measured:0, which allows nothing that runs online."
             )
-        return SelectionPolicy.parse("fixed:affine") if policy.name == "auto" else policy
+        return policy
 
     @property
     def leaves_policy_open(self) -> bool:

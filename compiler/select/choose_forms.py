@@ -14,10 +14,10 @@ from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.search import Searched
 from planish.compiler.progress import Progress
 from planish.compiler.select.budget import Candidate, choose
-from planish.compiler.select.forms import MEASURED_FORMS, SITE_GROUPS, forms_of_groups
+from planish.compiler.select.forms import MEASURED_FORMS, SITE_GROUPS, form_of, forms_of_groups
 from planish.compiler.select.kurtosis import Group, KurtosisRule, read_kurtosis, select_by_kurtosis
 from planish.compiler.select.measure_forms import FormErrors, measure_forms
-from planish.compiler.select.policy import SelectionPolicy, linear_flops
+from planish.compiler.select.policy import DEFAULT_BUDGET, SelectionPolicy, linear_flops
 from planish.compiler.select.search_forms import search_forms
 from planish.compiler.select.site_choice import read_choices
 from planish.passes.scheme import Scheme
@@ -75,9 +75,11 @@ def choose_forms(
     if policy.rule is not None:
         statistics = read_kurtosis(checkpoint, policy.rule, lambda done, total: progress.step("kurtosis", done, total))
         return forms_by_kurtosis(statistics, policy.rule)
-    if policy.budget is not None:
-        errors = measure_forms(checkpoint, scheme, token_ids, folder, progress)
-        return forms_within_budget(errors, round(policy.budget * linear_flops(checkpoint.config)))
+    if policy.name in ("measured", "auto"):
+        errors, budget = measure_forms(checkpoint, scheme, token_ids, folder, progress), policy.budget
+        flops = round((DEFAULT_BUDGET if budget is None else budget) * linear_flops(checkpoint.config))
+        # What `fixed:affine` costs, the default may cost too: so the best choice is never worse than that one.
+        return forms_within_budget(errors, max(flops, _affine_cost(errors)) if policy.name == "auto" else flops)
     if policy.name == "search":
         searched = search_forms(
             checkpoint, scheme, token_ids, folder, seed, lambda done, total: progress.step("search", done, total)
@@ -129,6 +131,10 @@ def forms_within_budget(errors: Sequence[FormErrors], budget: int) -> list[Chose
         )
         for of_layer in errors
     ]
+
+
+def _affine_cost(errors: Sequence[FormErrors]) -> int:
+    return sum(of_layer.flops[site][form_of(site, "affine")] for of_layer in errors for site in SITES)
 
 
 def _of_search(found: Searched) -> ChosenForms:

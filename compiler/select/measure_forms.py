@@ -23,15 +23,15 @@ from planish.compiler.learn.streams import Streams
 from planish.compiler.progress import Progress
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
 from planish.compiler.select.float_blocks import visit_float_blocks
-from planish.compiler.select.forms import MEASURED_FORMS, online_flops
+from planish.compiler.select.forms import MEASURED_FORMS, form_of, online_flops
 from planish.compiler.select.rho import rho_of
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, Site
 
 __all__ = ["FormErrors", "measure_forms"]
 
-#: Rows on which clips are searched.
-_CLIP_ROWS = 1024
+#: Rows on which clips are searched, and sequences for those of the cache: fewer than flattening takes, for many forms.
+_CLIP_ROWS, _CLIP_SEQUENCES = 256, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,8 @@ class FormErrors:
             float output and y' that with only this site low-bit: its input and weights, or the keys, or the values.
             Infinite where what flows there has no such form, or rounding it gives NaN or infinity.
         flops: by site and form, what it costs online, per token.
-        rho: by site of a linear and form, how many times less error moments predict than with a rotation that has no
-            channel scale; see `rho_of`.
+        rho: by site of a linear and the forms that stand for the kinds there, how many times less error moments predict
+            than with a rotation that has no channel scale; see `rho_of`.
     """
 
     errors: dict[Site, dict[Form, float]]
@@ -81,7 +81,8 @@ def _measure_block(block: Block, streams: Streams, outputs: Tensor, angles: Angl
     first = next(iter(streams.batches()))
     run_block(block.config, sample, streams.target[first], angles)
     weights = residual_weights(outputs[first])
-    heads, output = read_heads(block, streams.target[first], angles), block.weight("self_attn.o_proj")
+    few, output = streams.target[first][:_CLIP_SEQUENCES], block.weight("self_attn.o_proj")
+    heads, few_weights = read_heads(block, few, angles), weights[: few.shape[0] * few.shape[1]]
     result = FormErrors({site: {} for site in SITES}, {site: {} for site in SITES}, {site: {} for site in SITES})
     widths = {site: x.shape[-1] for site, x in sample.seen.items()}
     for site in SITES:
@@ -96,10 +97,11 @@ def _measure_block(block: Block, streams: Streams, outputs: Tensor, angles: Angl
             hooks = _OneSite(block, site, factors, scheme)
             if site in SITE_MODULES:
                 hooks.round_linears(sample.seen[site].flatten(0, -2)[:_CLIP_ROWS], weights[:_CLIP_ROWS])
-                result.rho[site][form] = rho_of(factors, moments.inputs[site], moments.weights[site])
+                if form in (form_of(site, "rotation"), form_of(site, "affine")):
+                    result.rho[site][form] = rho_of(factors, moments.inputs[site], moments.weights[site])
             else:
                 bits = scheme.key_bits if site == "key" else scheme.value_bits
-                hooks.clip = search_kv_clip(site, factors, bits, heads, output, weights)
+                hooks.clip = search_kv_clip(site, factors, bits, heads, output, few_weights)
             error = _held_out_error(block, hooks, streams, outputs, angles)
             result.errors[site][form] = error if math.isfinite(error) else math.inf
             result.flops[site][form] = online_flops(site, stored, block.config)

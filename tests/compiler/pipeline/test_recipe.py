@@ -49,7 +49,7 @@ def test_missing_recipe(tmp_path: Path) -> None:
 
 
 def test_auto_follows_the_scheme() -> None:
-    assert str(Recipe(model="a", scheme="w4a4").parsed_policy()) == "fixed:affine"
+    assert str(Recipe(model="a", scheme="w4a4").parsed_policy()) == "auto"
     assert str(Recipe(model="a", scheme="w16a16k4v4").parsed_policy()) == "none"
     assert str(Recipe(model="a", scheme="w16a16k4v4", select="none").parsed_policy()) == "none"
 

@@ -35,8 +35,8 @@ __all__ = ["Polished", "polish"]
 
 #: Largest learning rate of gains, scales and clips, and the share of steps to get there.
 _RATE, _WARM_UP = 2e-3, 0.15
-#: Largest learning rate of the entries of maps at 3 bits. A step moves what codes were rounded for, whatever there is to
-#: win, and a bit more leaves a quarter of the error to win: at 4 bits this rate did more harm than good.
+#: Largest learning rate of the entries of maps at 3 bits, and below. A step moves what codes were rounded for, whatever
+#: there is to win, and a bit more leaves a quarter of the error to win: at 4 bits this rate did more harm than good.
 _MAP_RATE = 2e-4
 _MOMENTA = (0.9, 0.95)
 #: Largest norm of the gradient of all parameters together.
@@ -93,7 +93,7 @@ def polish(
     model = _Model(checkpoint, scheme, transforms, codes)
     fitted = len(token_ids) - held_out
     ids = torch.from_numpy(token_ids)
-    map_rate = _MAP_RATE * 4.0 ** (3 - min(scheme.linear.weight_bits, scheme.linear.activation_bits))
+    map_rate = _MAP_RATE * 4.0 ** min(0, 3 - min(scheme.linear.weight_bits, scheme.linear.activation_bits))
     rates = [map_rate if is_map else _RATE for is_map in model.are_maps()]
     groups = [{"params": [each], "lr": rate} for each, rate in zip(model.parameters(), rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=_MOMENTA)

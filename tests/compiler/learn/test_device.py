@@ -1,7 +1,6 @@
 """What learns computes on the device that it is given, and makes there what it makes on the CPU."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,12 @@ from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.errors import DeviceError
 from planish.compiler.learn import polish
 from planish.compiler.learn.device import clear_memory_errors, device_kind, open_device
-from planish.compiler.learn.search import Search, search_block
-from planish.compiler.learn.smooth_rotation import smooth_rotation
-from planish.compiler.learn.smooth_rotation_learning import Learning
-from planish.compiler.learn.streams import Streams
 from planish.compiler.pipeline.flatten import flatten
 from planish.compiler.progress import Silent
 from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.select.policy import SelectionPolicy
-from planish.passes.scheme import LinearFormat, Scheme
+from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES
-from tests.learning import block_of, float_outputs, streams_of
 from tests.pretended_gpu import GPU, PretendedGpu
 from tests.tiny import VARIANTS, write_tiny
 
@@ -64,14 +58,10 @@ def test_a_full_gpu_is_named() -> None:
     assert caught.value.exit_code == 28
 
 
-def on_gpu(x: Tensor) -> Tensor:
-    return x.to(GPU)
-
-
 def test_the_pretended_gpu_refuses_what_a_real_one_does() -> None:
     here, number = torch.ones(3), torch.tensor(2.0)
     with PretendedGpu() as gpu:
-        there = on_gpu(here)
+        there = here.to(GPU)
         assert (there.device, here.device) == (GPU, torch.device("cpu"))
         assert (there * number + torch.zeros(3, device=GPU)).device == GPU
         assert (there[torch.tensor([0])].device, there.cpu().device, there[:2].device) == (GPU, here.device, GPU)
@@ -91,6 +81,16 @@ def test_the_pretended_gpu_refuses_what_a_real_one_does() -> None:
             there.numpy()
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
+    """A pretended GPU to enter; what no mode of PyTorch's sees is as it is on the CPU."""
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
+    # In the backward pass, where activations are computed again, nothing is watched.
+    monkeypatch.setattr(polish, "recompute", lambda run, *args, use_reentrant: run(*args))
+    return PretendedGpu()
+
+
 @dataclasses.dataclass
 class Made:
     """What the flatten stage made, and where it worked."""
@@ -101,12 +101,12 @@ class Made:
     plan: dict[str, Any]
 
 
-def made(folder: Path, variant: str, policy: str, device: torch.device) -> Made:
-    """Flatten a tiny model with everything that learns; SmolLM2-like, it writes its own text."""
+def made(folder: Path, variant: str, policy: str, dataset: str, device: torch.device) -> Made:
+    """Flatten a tiny model with everything that learns."""
     checkpoint = open_checkpoint(write_tiny(folder / "model", **VARIANTS[variant]))
     (folder / "codes").mkdir()
     codes = CodesOnDisk(folder / "codes", checkpoint, SCHEME)
-    settings = CalibrationSettings(dataset="self", nsamples=5, seqlen=16)
+    settings = CalibrationSettings(dataset=dataset, nsamples=5, seqlen=16)
     chosen = SelectionPolicy.parse(policy)
     done = flatten(checkpoint, SCHEME, chosen, settings, 1, 2, folder / "work", codes, Silent(), device)
     sites = [layer[site] for layer in done.transforms.layers for site in SITES]
@@ -143,56 +143,19 @@ def close(found: Made, expected: Made, tolerance: float) -> None:
         ("mha", "search"),
     ],
 )
-def test_the_stage_works_on_a_gpu_alone(
-    variant: str, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The backward pass, in which activations would be computed again, is not watched.
-    monkeypatch.setattr(polish, "recompute", lambda run, *args, use_reentrant: run(*args))
-    expected = made(tmp_path / "cpu", variant, policy, torch.device("cpu"))
-    with PretendedGpu() as gpu:
-        found = made(tmp_path / "gpu", variant, policy, GPU)
+def test_the_stage_works_on_a_gpu_alone(variant: str, policy: str, tmp_path: Path, gpu: PretendedGpu) -> None:
+    expected = made(tmp_path / "cpu", variant, policy, "self", torch.device("cpu"))
+    with gpu:
+        found = made(tmp_path / "gpu", variant, policy, "self", GPU)
     assert gpu.used > 1000
     close(found, expected, 1e-4)
 
 
-@pytest.fixture
-def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
-    """A pretended GPU, entered; generators of random numbers, which PyTorch lets no mode see, work there too."""
-    generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
-    with PretendedGpu() as gpu:
-        yield gpu
-
-
-def test_search_works_on_a_gpu_alone(there: PretendedGpu) -> None:
-    block = block_of()
-    streams = streams_of(block)
-    outputs, search = float_outputs(block, streams), Search(epochs=1)
-    expected = search_block(block, streams, outputs, SCHEME, search)
-    there_block = block.to(GPU)
-    moved = Streams(on_gpu(streams.target), on_gpu(streams.seen), streams.held_out)
-    found = search_block(there_block, moved, on_gpu(outputs), SCHEME, search)
-    assert found.kinds == expected.kinds
-    for group, evidence in expected.evidence.items():
-        assert found.evidence[group] == pytest.approx(evidence, rel=1e-4)
-
-
-def test_smooth_rotation_works_on_a_gpu_alone(there: PretendedGpu) -> None:
-    random = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(4, 32, 24, generator=random), torch.randn(8, 24, generator=random)
-    form, learning = LinearFormat(4, 4), Learning(steps=20, tokens=32)
-    expected = smooth_rotation(x, weight, form, seed=0, learning=learning)
-    found = smooth_rotation(on_gpu(x), on_gpu(weight), form, seed=0, learning=learning)
-    for one, other in zip(found.candidates, expected.candidates, strict=True):
-        assert one.scale.device == GPU
-        torch.testing.assert_close(one.scale.cpu(), other.scale, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["fixed:affine", "fixed:rotation", "measured"])
-def test_a_gpu_makes_what_the_cpu_makes(policy: str, tmp_path: Path) -> None:
-    expected = made(tmp_path / "cpu", "gqa", policy, torch.device("cpu"))
-    found = made(tmp_path / "gpu", "gqa", policy, open_device("cuda"))
+def test_a_gpu_makes_what_the_cpu_makes(policy: str, tmp_path: Path, text: Path) -> None:
+    expected = made(tmp_path / "cpu", "gqa", policy, str(text), torch.device("cpu"))
+    found = made(tmp_path / "gpu", "gqa", policy, str(text), open_device("cuda"))
     # Products are rounded in other ways there, so a code here and there is another; the errors stay what they were.
     for one, other in zip(found.plan["sites"], expected.plan["sites"], strict=True):
         if other["error"] is not None and one["form"] == other["form"]:

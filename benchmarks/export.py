@@ -184,18 +184,22 @@ def copy_disk(source: Path, out: Path, written_mb: float) -> None:
             file.write(block[: int(written_mb * 1e6) - start])
 
 
-def write_3b(folder: Path) -> None:
-    """Write a bfloat16 checkpoint of CONFIG_3B in shards; random numbers are drawn once and written again and again."""
+def write_3b(folder: Path, layers: int = 28) -> None:
+    """Write a bfloat16 checkpoint of CONFIG_3B in shards, or of its first decoder blocks alone.
+
+    Random numbers are drawn once and written again and again.
+    """
     from tokenizers import Tokenizer, models
 
     from planish.compiler.checkpoint import expected_tensors
     from planish.compiler.checkpoint.config import LlamaConfig
 
+    config = {**CONFIG_3B, "num_hidden_layers": layers}
     noise = np.random.default_rng(0).standard_normal(BLOCK_BYTES // 2, np.float32) * 0.02
     block = memoryview(noise.astype(ml_dtypes.bfloat16).view(np.uint8))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
-    for name, shape in expected_tensors(LlamaConfig.from_dict(CONFIG_3B)).items():
+    for name, shape in expected_tensors(LlamaConfig.from_dict(config)).items():
         size = 2 * int(np.prod(shape))
         if filled and filled + size > SHARD_BYTES:
             shards.append({})
@@ -216,7 +220,7 @@ def write_3b(folder: Path) -> None:
             for start in range(0, end, BLOCK_BYTES):
                 file.write(block[: end - start])
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(CONFIG_3B))
+    (folder / "config.json").write_text(json.dumps(config))
     Tokenizer(models.BPE()).save(str(folder / "tokenizer.json"))
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "BundleFormatError",
     "CalibrationError",
     "CheckpointError",
+    "DeviceError",
     "DiskFullError",
     "EngineBuildError",
     "EngineMismatchError",
@@ -135,3 +136,9 @@ class PlanError(PlanishError):
     """A plan is unreadable, contradicts itself, or belongs to another model."""
 
     exit_code = 26
+
+
+class DeviceError(PlanishError):
+    """The device to learn on does not exist, PyTorch cannot use it, or its memory is too small."""
+
+    exit_code = 28

@@ -4,10 +4,13 @@ import tempfile
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from planish.compiler.calibrate.device_session import DeviceSession
 from planish.compiler.calibrate.vocabulary import fragments
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.export.float_model import export_float
@@ -26,6 +29,19 @@ _BATCH, _CACHE_BYTES = 16, 1 << 30
 
 _STAGE = "write calibration text"
 
+_CacheT = TypeVar("_CacheT")
+
+
+class _Model(Protocol[_CacheT]):
+    """What a `Session` and a `DeviceSession` have in common."""
+
+    @property
+    def cache_bytes_per_token(self) -> int: ...
+
+    def run(
+        self, input_ids: npt.ArrayLike, cache: _CacheT | None = None, *, logits_to_keep: int = 0
+    ) -> tuple[npt.NDArray[np.float32], _CacheT]: ...
+
 
 def write_text_by(
     checkpoint: Checkpoint,
@@ -36,30 +52,32 @@ def write_text_by(
     seqlen: int,
     seed: int,
     progress: Progress,
+    device: torch.device,
 ) -> npt.NDArray[np.int64]:
     """Return tokens, int64 [nsamples, seqlen], that `checkpoint` writes in floating point.
 
-    Its float32 export is written into the folder for temporary files for that, and removed.
+    On the CPU its float32 export is written into the folder for temporary files for that, and removed; a GPU holds the
+    model itself, in the type in which it is stored.
 
     Raises:
         DiskFullError: if it does not fit there.
         PlanishError: if the checkpoint cannot be read, as in `export_float`.
     """
+    random = [np.random.default_rng([seed, sample]) for sample in range(nsamples)]
+    # A BOS token that the tokenizer does not add is one that the model may never have seen at the start of a text:
+    # SmolLM2 is incoherent behind its BOS, and coherent behind any word.
+    begun = [list(prefix) or [_ordinary(tokenizer, checkpoint.config.vocab_size, generator)] for generator in random]
+    starts = np.asarray(begun, np.int64)
+    if device.type != "cpu":
+        return sample_tokens(DeviceSession(checkpoint, device), starts, seqlen, random, progress)
     with tempfile.TemporaryDirectory(prefix="planish-") as name, clear_errors(Path(name)):
         folder = Path(name)
         check_space(folder, 4 * sum(prod(checkpoint.shape(tensor)) for tensor in checkpoint.names()))
-        session = Session(export_float(checkpoint, folder))
-        random = [np.random.default_rng([seed, sample]) for sample in range(nsamples)]
-        # A BOS token that the tokenizer does not add is one that the model may never have seen at the start of a
-        # text: SmolLM2 is incoherent behind its BOS, and coherent behind any word.
-        starts = [
-            list(prefix) or [_ordinary(tokenizer, checkpoint.config.vocab_size, generator)] for generator in random
-        ]
-        return sample_tokens(session, np.asarray(starts, np.int64), seqlen, random, progress)
+        return sample_tokens(Session(export_float(checkpoint, folder)), starts, seqlen, random, progress)
 
 
 def sample_tokens(
-    session: Session,
+    session: _Model[_CacheT],
     starts: npt.NDArray[np.int64],
     seqlen: int,
     random: Sequence[np.random.Generator],

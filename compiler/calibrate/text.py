@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from planish.compiler.calibrate.hub_text import hub_text
 from planish.compiler.calibrate.self_text import write_text_by
@@ -36,6 +37,7 @@ def calibration_tokens(
     seqlen: int = 512,
     seed: int = 0,
     progress: Progress | None = None,
+    device: torch.device | None = None,
 ) -> npt.NDArray[np.int64]:
     """Return the tokens to calibrate `checkpoint` on, int64 [nsamples, seqlen].
 
@@ -51,6 +53,7 @@ def calibration_tokens(
         seqlen: tokens in a sequence, 16 or more.
         seed: of the choice of windows, or of what the model writes.
         progress: is told how far the run is.
+        device: where the model writes, for `self`; None is the CPU.
 
     Raises:
         CalibrationError: if the text is missing, unreadable, too short, or of a language that the tokenizer does not
@@ -74,7 +77,14 @@ def calibration_tokens(
     tokenizer = _tokenizer(checkpoint)
     if source == SELF:
         return write_text_by(
-            checkpoint, tokenizer, prefix(tokenizer), nsamples=nsamples, seqlen=seqlen, seed=seed, progress=told
+            checkpoint,
+            tokenizer,
+            prefix(tokenizer),
+            nsamples=nsamples,
+            seqlen=seqlen,
+            seed=seed,
+            progress=told,
+            device=device or torch.device("cpu"),
         )
     text = _text(settings, told)
     ids = np.asarray(tokenizer.encode(text, special=False), np.int64)

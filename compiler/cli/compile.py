@@ -46,6 +46,7 @@ def run_compile(
     polish: Annotated[
         int | None, typer.Option(min=0, help="Epochs of learning norms, scales and clips. [4 if the model is small]")
     ] = None,
+    device: Annotated[str | None, typer.Option(help="What learns: cpu, cuda, or cuda:N. [cpu]")] = None,
     verify_passes: Annotated[
         bool | None,
         typer.Option("--verify-passes/--no-verify-passes", help="Check the logits after every pass. [on]"),
@@ -84,6 +85,7 @@ def run_compile(
                 seed=seed,
                 refine=refine,
                 polish=polish,
+                device=device,
                 verify_passes=verify_passes,
                 targets=target or None,
                 num_layers=num_layers,

@@ -43,6 +43,7 @@ def run_study_selection(
     ] = None,
     polish: Annotated[int | None, typer.Option(min=0, help="Epochs of polishing each bundle; see compile.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Include the policy search, which learns. Long.")] = False,
+    device: Annotated[str | None, typer.Option(help="What measures and learns: cpu, cuda, or cuda:N. [cpu]")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of the text, as long as calibration sequences.")] = 20,
     json: JsonFlag = False,
 ) -> None:
@@ -63,6 +64,7 @@ def run_study_selection(
         seqlen=seqlen,
         seed=seed,
         polish=polish,
+        device=device,
         num_layers=num_layers,
     )
     with tempfile.TemporaryDirectory(prefix="planish-study-") as scratch, progress_for(sys.stderr) as progress:

@@ -39,8 +39,8 @@ class Block:
         """Return a linear's weight, [out, in]."""
         return self.tensors[f"{module}.weight"]
 
-    def to(self, device: torch.device) -> "Block":
-        """Return the block on `device`."""
+    def to(self, device: torch.device | None) -> "Block":
+        """Return the block on `device`; None leaves it where it is."""
         return Block(self.config, {name: tensor.to(device) for name, tensor in self.tensors.items()})
 
 
@@ -125,9 +125,12 @@ def run_block(config: LlamaConfig, hooks: Hooks, x: Tensor, angles: Angles) -> T
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return the output of causal attention, [batch, seq, heads * d]; heads come as [batch, heads, seq, d]."""
+    """Return the output of causal attention, [batch, seq, heads * d]; heads come as [batch, heads, seq, d].
+
+    Queries are of all tokens that have keys, or of the last one alone, which sees all of them.
+    """
     attended = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=query.shape[1] > key.shape[1]
+        query, key, value, is_causal=query.shape[2] > 1, enable_gqa=query.shape[1] > key.shape[1]
     )
     return attended.transpose(1, 2).flatten(2)
 

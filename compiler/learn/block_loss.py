@@ -13,7 +13,7 @@ from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.fold import fold_block
 from planish.compiler.learn.low_bit import LowBitHooks, Reached
 from planish.compiler.learn.site_moments import RESIDUAL_SITES, residual_weights
-from planish.compiler.learn.streams import Streams
+from planish.compiler.learn.streams import Sequences, Streams
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import Site
@@ -31,7 +31,7 @@ def starting_clips(
     block: Block,
     factors: Mapping[Site, Factors],
     streams: Streams,
-    outputs: Tensor,
+    outputs: Sequences,
     scheme: Scheme,
 ) -> dict[Site, float]:
     """Return the clip of every site, found site after site on the first sequences, weights unrounded."""
@@ -48,7 +48,7 @@ def starting_clips(
             run_block(block.config, hooks, streams.seen[first], angles)
         except Reached as reached:
             rows = reached.x.flatten(0, -2)[:_CLIP_ROWS]
-        weights = token_weights if site in RESIDUAL_SITES else torch.ones(len(rows))
+        weights = token_weights if site in RESIDUAL_SITES else torch.ones(len(rows), device=rows.device)
         weight = torch.cat([folded.weight(module) for module in modules])
         hooks.clips[site] = search_clip(rows, weight, scheme.linear, weights[:_CLIP_ROWS].to(rows))
     return hooks.clips
@@ -78,7 +78,7 @@ def residual_loss(found: Tensor, expected: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(block: Block, hooks: Hooks, streams: Streams, outputs: Tensor, angles: Angles) -> float:
+def held_out_loss(block: Block, hooks: Hooks, streams: Streams, outputs: Sequences, angles: Angles) -> float:
     """Return the loss on the held-out sequences of the `seen` stream; infinite where it is not finite."""
     losses = []
     for part in streams.batches(held_out=True):

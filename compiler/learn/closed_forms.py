@@ -86,9 +86,9 @@ def head_transforms(stored: Tensor, reader: Tensor, mixing: Tensor) -> Tensor:
 
 
 def _damped(moment: Tensor) -> Tensor:
-    n = moment.shape[-1]
-    level = _level(moment.diagonal(dim1=-2, dim2=-1))[..., None, None]
-    return moment + _DAMPING * level * torch.eye(n, dtype=moment.dtype, device=moment.device)
+    damped = moment.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(_DAMPING * _level(moment.diagonal(dim1=-2, dim2=-1))[..., None])
+    return damped
 
 
 def _level(diagonal: Tensor) -> Tensor:

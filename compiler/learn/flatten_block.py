@@ -1,7 +1,7 @@
 """Flatten one decoder block in closed form: transforms from moments, clips by search, weights by GPTQ."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from planish.compiler.learn.refine import Refinement, refine_block
 from planish.compiler.learn.site_factors import closed_form_factors
 from planish.compiler.learn.site_moments import RESIDUAL_SITES, gather_moments, residual_weights
 from planish.compiler.learn.smooth_site import smooth_ffn_out
-from planish.compiler.learn.streams import Streams
+from planish.compiler.learn.streams import Sequences, Streams
 from planish.compiler.quantize.arithmetic import QuantizedWeight, dequantize_weight, quantize_weight
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import Site
@@ -70,7 +70,7 @@ class Flattened:
 def flatten_block(
     block: Block,
     streams: Streams,
-    outputs: Tensor,
+    outputs: Sequences,
     scheme: Scheme,
     forms: dict[Site, Form],
     seed: int,
@@ -79,10 +79,11 @@ def flatten_block(
 ) -> Flattened:
     """Return `block` flattened for `scheme`, with the given form at every site; `outputs` are the float block's."""
     angles = Angles.of(block.config, streams.target.shape[1], streams.target.device)
-    moments = gather_moments(block, (streams.seen[part] for part in streams.batches()), angles)
+    inputs = (streams.seen[part] for part in streams.batches())
     smooth = forms["ffn_out"] == "smooth"
     closed: dict[Site, Form] = {**forms, "ffn_out": "rotation"} if smooth else forms
-    factors = closed_form_factors(block, moments, closed, seed)
+    # The moments are not kept: they are several times as large as the block.
+    factors = closed_form_factors(block, gather_moments(block, inputs, angles), closed, seed)
     scales: dict[str, float] = {}
     if smooth:
         factors["ffn_out"], scales = smooth_ffn_out(block, streams, outputs, angles, scheme, seed)
@@ -122,7 +123,7 @@ class _SiteFit:
 
     folded: Block
     streams: Streams
-    outputs: Tensor
+    outputs: Sequences
     angles: Angles
     hooks: LowBitHooks
     site: Site
@@ -140,36 +141,38 @@ class _SiteFit:
         first, token_weights = next(self._inputs())
         clip = search_clip(first[:_CLIP_ROWS], weight, form, token_weights[:_CLIP_ROWS]) if self.steps.clips else 1.0
         n = weight.shape[1]
-        hessian, cross = torch.zeros(2, n, n, dtype=torch.float64, device=weight.device)
+        hessian, cross = (torch.zeros(n, n, dtype=torch.float64, device=weight.device) for _ in range(2))
         for x, token_weights in self._inputs():
             rounded = round_activation(x, form.activation_bits, clip)
             weighted = rounded * token_weights[:, None]
             hessian += weighted.T @ rounded
             cross += x.T @ weighted
-        held = list(self._inputs(held_out=True))
 
-        def error(candidate: Tensor) -> float:
-            lost = norm = 0.0
-            for x, token_weights in held:
-                y = x @ weight.T
-                made = round_activation(x, form.activation_bits, clip) @ candidate.T
-                lost += float((token_weights[:, None] * (made - y).square()).sum())
+        def held_out_errors(candidates: Mapping[float, Tensor]) -> dict[float, float]:
+            lost, norm = dict.fromkeys(candidates, 0.0), 0.0
+            for x, token_weights in self._inputs(held_out=True):
+                y, rounded = x @ weight.T, round_activation(x, form.activation_bits, clip)
                 norm += float((token_weights[:, None] * y.square()).sum())
-            return lost / max(norm, 1e-30)
+                for ridge, candidate in candidates.items():
+                    made = rounded @ candidate.T
+                    lost[ridge] += float((token_weights[:, None] * (made - y).square()).sum())
+            return {ridge: each / max(norm, 1e-30) for ridge, each in lost.items()}
 
         candidates = {0.0: weight}
         if self.steps.fit:
             candidates |= {ridge: compensate(weight, hessian, cross, ridge).float() for ridge in _RIDGES}
-        errors = {ridge: error(candidate) for ridge, candidate in candidates.items()}
+        errors = held_out_errors(candidates)
         ridge = min(errors, key=lambda r: errors[r])
         fitted = candidates[ridge]
+        # GPTQ needs the memory.
+        del candidates, cross
         best = gptq(fitted, hessian, form) if self.steps.gptq else quantize_weight(fitted, form)
         evidence = {
             "clip": clip,
             "ridge": ridge,
             "error_before": errors[0.0],
             "error_fitted": errors[ridge],
-            "error": error(dequantize_weight(best)),
+            "error": held_out_errors({ridge: dequantize_weight(best)})[ridge],
         }
         return clip, best, evidence
 

@@ -22,13 +22,13 @@ from planish.compiler.learn.flatten_block import Flattened, Steps, flatten_block
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.refine import Refinement
 from planish.compiler.learn.stream_files import StreamFiles
-from planish.compiler.learn.streams import Streams
+from planish.compiler.learn.streams import Sequences
 from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.select.plan_file import load_transforms, save_transforms
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, LayerTransforms, Site, Transforms
 
-__all__ = ["finite_outputs", "flatten_checkpoint", "held_out_sequences", "naming_block", "read_evidence"]
+__all__ = ["embedding", "finite_outputs", "flatten_checkpoint", "held_out_sequences", "naming_block", "read_evidence"]
 
 _EVIDENCE = "evidence.json"
 _FEWEST = 4
@@ -60,6 +60,7 @@ def flatten_checkpoint(
     seed: int = 0,
     steps: Steps | None = None,
     refinement: Refinement | None = None,
+    device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Transforms:
     """Flatten every block, write its codes to `codes`, and return the transforms.
@@ -74,21 +75,21 @@ def flatten_checkpoint(
         seed: of the rotations' signs.
         steps: see `Steps`; None is all of them.
         refinement: how the closed-form transforms are refined; None is not at all.
+        device: where a block and a batch are while they are worked on; None is the CPU.
         progress: (blocks done, blocks in all).
 
     Raises:
         CalibrationError: if there are too few sequences, or a block's activations are not finite.
     """
     config, count = checkpoint.config, checkpoint.config.num_hidden_layers
-    files = StreamFiles(folder, held_out_sequences(len(token_ids)))
+    files = StreamFiles(folder, held_out_sequences(len(token_ids)), device)
     if files.newest() is None:
-        table = torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight").astype(np.float32))
-        files.begin(token_ids, lambda ids: table.half().float()[ids])
-    angles = Angles.of(config, token_ids.shape[1])
+        _begin(files, checkpoint, token_ids)
+    angles = Angles.of(config, token_ids.shape[1], device)
     with fast_products():
         for layer in range(files.newest() or 0, count):
-            block, streams = read_block(checkpoint, layer), files.open(layer)
-            outputs = finite_outputs(block, streams, angles, layer)
+            block, streams = read_block(checkpoint, layer).to(device), files.open(layer)
+            outputs = finite_outputs(block, files, angles, layer)
             with naming_block(layer):
                 flattened = flatten_block(
                     block, streams, outputs, scheme, forms[layer], seed + layer, steps, refinement
@@ -99,27 +100,42 @@ def flatten_checkpoint(
             def seen(x: Tensor, flattened: Flattened = flattened) -> Tensor:
                 return run_block(config, flattened.hooks, x, angles)
 
-            files.advance(layer, outputs, seen)
+            files.advance(layer, seen)
             if progress:
                 progress(layer + 1, count)
     one = config.with_num_layers(1)
     return Transforms(tuple(load_transforms(folder / f"layer-{i}", one).layers[0] for i in range(count)))
 
 
-def finite_outputs(block: Block, streams: Streams, angles: Angles, layer: int) -> Tensor:
-    """Return what the float block makes of the float stream, [sequences, seq, hidden].
+def embedding(checkpoint: Checkpoint) -> Callable[[npt.NDArray[np.int64]], Tensor]:
+    """Return what gives the embeddings of tokens, float32 [..., hidden]; it holds the table as it is stored."""
+    table = checkpoint.tensor("model.embed_tokens.weight")
+    return lambda ids: torch.from_numpy(table[ids].astype(np.float32))
+
+
+def _begin(files: StreamFiles, checkpoint: Checkpoint, token_ids: npt.NDArray[np.int64]) -> None:
+    embed = embedding(checkpoint)
+    # As they are stored in the compiled model.
+    files.begin(token_ids, lambda ids: embed(ids).half().float())
+
+
+def finite_outputs(block: Block, files: StreamFiles, angles: Angles, layer: int) -> Sequences:
+    """Return what the float block makes of the float stream, [sequences, seq, hidden], written to `files`.
 
     Raises:
         CalibrationError: if that is not finite.
     """
-    parts = [run_block(block.config, FloatHooks(block), x, angles) for x in torch.split(streams.target, 4)]
-    outputs = torch.cat(parts)
-    if not outputs.isfinite().all():
-        raise CalibrationError(
-            f"Decoder block {layer} makes NaN or infinity of the calibration text. Check the checkpoint, or calibrate "
-            "on other text."
-        )
-    return outputs
+
+    def run(x: Tensor) -> Tensor:
+        outputs = run_block(block.config, FloatHooks(block), x, angles)
+        if not outputs.isfinite().all():
+            raise CalibrationError(
+                f"Decoder block {layer} makes NaN or infinity of the calibration text. Check the checkpoint, or "
+                "calibrate on other text."
+            )
+        return outputs
+
+    return files.write_outputs(layer, run)
 
 
 @contextlib.contextmanager

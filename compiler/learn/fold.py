@@ -20,26 +20,29 @@ def fold_block(block: Block, factors: Mapping[Site, Factors]) -> Block:
     Its linears then expect rows that went through the online factors; where attention reads keys and queries, it
     expects them mapped by the key map and its inverse. Sites that `factors` lacks are identities.
     """
-    tensors = {name: tensor.double() for name, tensor in block.tensors.items()}
     value, ffn_out = factors.get("value"), factors.get("ffn_out")
-    if value is not None and value.right is not None:
-        for name in ("self_attn.v_proj.weight", "self_attn.v_proj.bias"):
-            if name in tensors:
-                tensors[name] = _map_heads(tensors[name], value.right.double())
-    if ffn_out is not None and ffn_out.scale is not None:
-        rows = ffn_out.scale.double()
-        tensors["mlp.up_proj.weight"] = tensors["mlp.up_proj.weight"] * rows[:, None]
-        if "mlp.up_proj.bias" in tensors:
-            tensors["mlp.up_proj.bias"] = tensors["mlp.up_proj.bias"] * rows
-    for site, norm in _NORM_BEFORE.items():
-        scale = factors[site].scale if site in factors else None
-        if scale is not None:
-            tensors[f"{norm}.weight"] = tensors[f"{norm}.weight"] * scale.double()
-    for site, modules in SITE_MODULES.items():
-        reading = reading_factors(block, factors, site)
-        for module in modules:
-            tensors[f"{module}.weight"] = reading.apply_to_weight(tensors[f"{module}.weight"])
-    return Block(block.config, {name: tensor.float() for name, tensor in tensors.items()})
+    gains = {norm: factors[site].scale for site, norm in _NORM_BEFORE.items() if site in factors}
+    reading = {
+        module: reading_factors(block, factors, site) for site, modules in SITE_MODULES.items() for module in modules
+    }
+
+    def fold(name: str, tensor: Tensor) -> Tensor:
+        module, _, part = name.rpartition(".")
+        gain = gains.get(module)
+        if gain is not None:
+            tensor = tensor * gain.double()
+        if module == "self_attn.v_proj" and value is not None and value.right is not None:
+            tensor = _map_heads(tensor, value.right.double())
+        if module == "mlp.up_proj" and ffn_out is not None and ffn_out.scale is not None:
+            rows = ffn_out.scale.double()
+            tensor = tensor * (rows[:, None] if part == "weight" else rows)
+        if module in reading and part == "weight":
+            tensor = reading[module].apply_to_weight(tensor)
+        return tensor
+
+    # One tensor at a time is in float64, unless all are kept for a gradient.
+    folded = {name: fold(name, tensor.double()).float() for name, tensor in block.tensors.items()}
+    return Block(block.config, folded)
 
 
 def reading_factors(block: Block, factors: Mapping[Site, Factors], site: Site) -> Factors:

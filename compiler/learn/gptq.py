@@ -29,9 +29,11 @@ def compensate(weight: Tensor, hessian: Tensor, cross: Tensor, ridge: float) -> 
         cross: X^T Xq, float64 [in, in].
         ridge: the larger, the closer to W.
     """
-    n = len(hessian)
-    eye = torch.eye(n, dtype=hessian.dtype, device=hessian.device) * (ridge * hessian.diagonal().mean() + 1e-30)
-    best: Tensor = torch.linalg.solve(hessian + eye, (cross + eye).T @ weight.to(hessian.dtype).T).T
+    r, columns = ridge * hessian.diagonal().mean() + 1e-30, weight.to(hessian.dtype).T
+    # In place: every matrix of this size that need not be is one of the largest things in memory.
+    damped = hessian.clone()
+    damped.diagonal().add_(r)
+    best: Tensor = torch.linalg.solve(damped, cross.T @ columns + r * columns).T
     return best
 
 
@@ -83,8 +85,10 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     if not hessian.isfinite().all():
         raise ValueError("the Hessian holds NaN or infinity")
     level = hessian.diagonal().mean().clamp_min(1e-30)
-    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     # Decomposed from the last column to the first, the Hessian is R R^T with R upper; then R^-1 is the factor sought.
-    reversed_lower = torch.linalg.cholesky((hessian / level + _DAMPING * eye).flip(0, 1))
-    factor: Tensor = torch.linalg.solve_triangular(reversed_lower.flip(0, 1), eye, upper=True)
+    backwards = (hessian / level).flip(0, 1)
+    backwards.diagonal().add_(_DAMPING)
+    backwards = torch.linalg.cholesky(backwards).flip(0, 1)
+    factor = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    torch.linalg.solve_triangular(backwards, factor, upper=True, out=factor)
     return factor

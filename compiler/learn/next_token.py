@@ -33,12 +33,13 @@ class Head:
     epsilon: float
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Head":
-        """Read the head of a checkpoint."""
+    def of(cls, checkpoint: Checkpoint, device: torch.device | None = None) -> "Head":
+        """Read the head of a checkpoint to `device`; None is the CPU."""
         config = checkpoint.config
         name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         gain, weight = (
-            torch.from_numpy(checkpoint.tensor(each).astype(np.float32)) for each in ("model.norm.weight", name)
+            torch.from_numpy(checkpoint.tensor(each).astype(np.float32)).to(device)
+            for each in ("model.norm.weight", name)
         )
         return cls(gain, weight, config.rms_norm_eps)
 
@@ -60,29 +61,33 @@ class Head:
 
     @torch.no_grad()
     def mean_divergence(self, found: Tensor, expected: Tensor) -> float:
-        """Return the divergence of sequences [sequences, seq, hidden], taken one by one."""
-        lost = [float(self.divergence(*pair)) for pair in zip(found, expected, strict=True)]
+        """Return the divergence of sequences [sequences, seq, hidden], brought to the head one by one."""
+        device = self.gain.device
+        lost = [float(self.divergence(*(x.to(device) for x in pair))) for pair in zip(found, expected, strict=True)]
         return sum(lost) / len(lost)
 
 
 @torch.no_grad()
-def rounded_to_nearest_outputs(checkpoint: Checkpoint, scheme: Scheme, token_ids: npt.NDArray[np.int64]) -> Tensor:
+def rounded_to_nearest_outputs(
+    checkpoint: Checkpoint, scheme: Scheme, token_ids: npt.NDArray[np.int64], device: torch.device | None = None
+) -> Tensor:
     """Return what the last block puts out where nothing is flattened and weights are rounded to nearest.
 
     Args:
         checkpoint: the float model, read one block at a time.
         scheme: with low-bit linears.
         token_ids: int64 [sequences, seq].
+        device: where a block and a sequence are meanwhile; None is the CPU.
 
     Returns:
-        float32 [sequences, seq, hidden].
+        float32 [sequences, seq, hidden], on the CPU.
     """
     config = checkpoint.config
-    table = torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight").astype(np.float32))
-    x, angles = table.half().float()[torch.from_numpy(token_ids)], Angles.of(config, token_ids.shape[1])
+    rows = checkpoint.tensor("model.embed_tokens.weight")[token_ids].astype(np.float32)
+    x, angles = torch.from_numpy(rows).half().float(), Angles.of(config, token_ids.shape[1], device)
     nothing = {site: Factors("identity") for site in SITES}
     with fast_products():
         for layer in range(config.num_hidden_layers):
-            hooks = rounded_to_nearest(read_block(checkpoint, layer), nothing, {}, scheme)
-            x = torch.cat([run_block(config, hooks, part, angles) for part in torch.split(x, 1)])
+            hooks = rounded_to_nearest(read_block(checkpoint, layer).to(device), nothing, {}, scheme)
+            x = torch.cat([run_block(config, hooks, part.to(device), angles).cpu() for part in torch.split(x, 1)])
     return x

@@ -25,8 +25,9 @@ from planish.compiler.learn.fold import fold_block
 from planish.compiler.learn.low_bit import LowBitHooks
 from planish.compiler.learn.next_token import Head
 from planish.compiler.learn.precision import fast_products
+from planish.compiler.learn.streams import Sequences
 from planish.compiler.learn.trainable import round_activation_through, round_cached_through
-from planish.compiler.quantize.arithmetic import QuantizedWeight, dequantize_weight
+from planish.compiler.quantize.arithmetic import dequantize_weight
 from planish.compiler.quantize.codes import CodesOnDisk
 from planish.passes.scheme import FLOAT_BITS, Scheme
 from planish.passes.transforms import SITES, LayerTransforms, Site, Transforms
@@ -67,12 +68,13 @@ def polish(
     transforms: Transforms,
     codes: CodesOnDisk,
     token_ids: npt.NDArray[np.int64],
-    final: Tensor,
+    final: Sequences,
     held_out: int,
     epochs: int,
     folder: Path,
     *,
     seed: int = 0,
+    device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Polished:
     """Return the parameters at which the model is closest to the float one on held-out text; the start is one of them.
@@ -83,16 +85,17 @@ def polish(
         transforms: that `codes` were rounded under.
         codes: of all linears of the blocks.
         token_ids: calibration sequences, int64 [sequences, seq].
-        final: outputs of the float model's last block for them, float32 [sequences, seq, hidden].
+        final: outputs of the float model's last block for them, float32 [sequences, seq, hidden], on `device`.
         held_out: how many of the last sequences nothing is fitted to.
         epochs: how often to go through the others.
         folder: keeps the state after every epoch, from which a killed run goes on.
         seed: of the order of sequences.
+        device: where the model is meanwhile, all of it; None is the CPU.
         progress: (sequences done, sequences in all).
     """
-    model = _Model(checkpoint, scheme, transforms, codes)
+    model = _Model(checkpoint, scheme, transforms, codes, device)
     fitted = len(token_ids) - held_out
-    ids = torch.from_numpy(token_ids)
+    ids = torch.from_numpy(token_ids).to(device)
     map_rate = _MAP_RATE * 4.0 ** min(0, 3 - min(scheme.linear.weight_bits, scheme.linear.activation_bits))
     rates = [map_rate if is_map else _RATE for is_map in model.are_maps()]
     groups = [{"params": [each], "lr": rate} for each, rate in zip(model.parameters(), rates, strict=True)]
@@ -101,7 +104,7 @@ def polish(
     state = folder / _STATE
     with fast_products():
         if state.exists():
-            kept = torch.load(state, weights_only=True)
+            kept = torch.load(state, weights_only=True, map_location="cpu")
             model.load(kept["model"])
             optimizer.load_state_dict(kept["optimizer"])
             schedule.load_state_dict(kept["schedule"])
@@ -137,17 +140,27 @@ def polish(
 class _Model:
     """The low-bit model with everything that learns."""
 
-    def __init__(self, checkpoint: Checkpoint, scheme: Scheme, transforms: Transforms, codes: CodesOnDisk) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        scheme: Scheme,
+        transforms: Transforms,
+        codes: CodesOnDisk,
+        device: torch.device | None,
+    ) -> None:
         self._config, self._transforms = checkpoint.config, transforms
         table = torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight").astype(np.float32))
         # As they are stored in the compiled model.
-        self._embeddings = table.half().float()
-        self._head = Head.of(checkpoint)
+        self._embeddings = table.half().float().to(device)
+        self._head = Head.of(checkpoint, device)
         self._layers = []
         for i, layer in enumerate(transforms.layers):
-            factors = {site: Factors.of(layer[site]) for site in SITES}
-            folded = fold_block(read_block(checkpoint, i), factors)
-            weights = {module: codes.quantized(f"model.layers.{i}.{module}") for module in MODULES}
+            factors = {site: Factors.of(layer[site], device) for site in SITES}
+            folded = fold_block(read_block(checkpoint, i).to(device), factors)
+            weights = {
+                module: dequantize_weight(codes.quantized(f"model.layers.{i}.{module}")).to(device)
+                for module in MODULES
+            }
             self._layers.append(_PolishedHooks(folded, factors, scheme, layer, weights))
 
     def parameters(self) -> list[Tensor]:
@@ -178,7 +191,7 @@ class _Model:
 
     def loss(self, ids: Tensor, final: Tensor) -> Tensor:
         """Return the mean KL divergence per token, in nats, for sequences [batch, seq]."""
-        x, angles = self._embeddings[ids], Angles.of(self._config, ids.shape[1])
+        x, angles = self._embeddings[ids], Angles.of(self._config, ids.shape[1], ids.device)
         for layer in self._layers:
             # Activations are computed again for the gradient: memory holds those of one block.
             if torch.is_grad_enabled():
@@ -196,7 +209,7 @@ class _Model:
     def row_scales(self) -> dict[str, Tensor]:
         """Return by module what multiplies the scales of its rows."""
         return {
-            f"model.layers.{i}.{module}": layer.learned[module].detach().exp()
+            f"model.layers.{i}.{module}": layer.learned[module].detach().exp().cpu()
             for i, layer in enumerate(self._layers)
             for module in MODULES
         }
@@ -218,15 +231,17 @@ class _PolishedHooks(LowBitHooks):
         factors: dict[Site, Factors],
         scheme: Scheme,
         layer: LayerTransforms,
-        weights: Mapping[str, QuantizedWeight],
+        weights: Mapping[str, Tensor],
     ) -> None:
-        super().__init__(folded, factors, scheme)
-        self.weights = {module: dequantize_weight(each) for module, each in weights.items()}
+        # The float weights are not needed any more; with them the model would be in memory twice.
+        rest = {name: tensor for name, tensor in folded.tensors.items() if not name.endswith("_proj.weight")}
+        super().__init__(Block(folded.config, rest), factors, scheme)
+        self.weights = dict(weights)
+        sizes = {norm: folded.config.hidden_size for norm in _NORMS.values()}
+        sizes |= {module: len(weight) for module, weight in weights.items()}
+        device = folded.weight(MODULES[0]).device
         self.learned: dict[str, Tensor] = {
-            norm: torch.zeros(folded.config.hidden_size, requires_grad=True) for norm in _NORMS.values()
-        }
-        self.learned |= {
-            module: torch.zeros(len(weight), requires_grad=True) for module, weight in self.weights.items()
+            name: torch.zeros(size, device=device, requires_grad=True) for name, size in sizes.items()
         }
         # A rotation is to stay one.
         affine = {site: each for site, each in self._online.items() if site in SITE_MODULES and each.kind == "affine"}
@@ -239,7 +254,7 @@ class _PolishedHooks(LowBitHooks):
         self._bits = {site: each for site, each in bits.items() if each < 8}
         self._rest = {site: layer.clip(site) for site in SITES}
         for site in self._bits:
-            self.learned[site] = clip_parameter(layer.clip(site))
+            self.learned[site] = clip_parameter(layer.clip(site), device)
 
     def gain(self, norm: str) -> Tensor:
         """Return the gain of a norm."""
@@ -277,15 +292,15 @@ class _PolishedHooks(LowBitHooks):
         """Return the transforms of the layer with what was learned."""
         changed = {site: before[site] for site in SITE_MODULES}
         for site, norm in _NORMS.items():
-            gain = self.learned[norm].detach().exp().numpy()
+            gain = self.learned[norm].detach().exp().cpu().numpy()
             scale = before[site].scale
             changed[site] = dataclasses.replace(before[site], scale=gain if scale is None else scale * gain)
         for site in SITE_MODULES:
             right, left = (self.learned.get(f"{site}.{part}") for part in ("right", "left"))
             changed[site] = dataclasses.replace(
                 changed[site],
-                right=changed[site].right if right is None else right.detach().numpy(),
-                left=changed[site].left if left is None else left.detach().numpy(),
+                right=changed[site].right if right is None else right.detach().cpu().numpy(),
+                left=changed[site].left if left is None else left.detach().cpu().numpy(),
             )
         clips = {**before.clips, **{site: float(clip_of(self.learned[site].detach())) for site in self._bits}}
         return dataclasses.replace(before, **changed, clips=clips)

@@ -21,7 +21,7 @@ from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.site_factors import closed_form_factors
 from planish.compiler.learn.site_moments import gather_moments
-from planish.compiler.learn.streams import Streams
+from planish.compiler.learn.streams import Sequences, Streams
 from planish.compiler.learn.trainable import Trainable
 from planish.compiler.progress import Progress, Silent
 from planish.compiler.select.forms import forms_of_groups
@@ -84,7 +84,7 @@ def refine_block(
     block: Block,
     factors: Mapping[Site, Factors],
     streams: Streams,
-    outputs: Tensor,
+    outputs: Sequences,
     scheme: Scheme,
     settings: Refinement,
     progress: Progress | None = None,
@@ -99,7 +99,7 @@ def refine(
     factors: Mapping[Site, Factors],
     clips: Mapping[Site, float],
     streams: Streams,
-    outputs: Tensor,
+    outputs: Sequences,
     scheme: Scheme,
     settings: Refinement,
     progress: Progress | None = None,
@@ -123,10 +123,7 @@ def refine(
     """
     angles = Angles.of(block.config, streams.target.shape[1], streams.target.device)
     with fast_products():
-        with torch.no_grad():
-            parts = [run_block(block.config, FloatHooks(block), x, angles) for x in torch.split(streams.seen, 4)]
-        own = torch.cat(parts)
-        task = _Task(block, streams, {"float": outputs, "seen": own}, angles, scheme)
+        task = _Task(block, streams, {"float": outputs, "seen": _Outputs(block, streams.seen, angles)}, angles, scheme)
         start = _usable_start(task, dict(factors), dict(clips), settings.seed)
         return _learn(task, start, settings, progress or Silent())
 
@@ -137,7 +134,7 @@ class _Task:
 
     block: Block
     streams: Streams
-    outputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Sequences]
     angles: Angles
     scheme: Scheme
 
@@ -149,6 +146,30 @@ class _Task:
     def held_out(self, hooks: Hooks) -> float:
         """Return the held-out loss of a block that runs with `hooks`."""
         return held_out_loss(self.block, hooks, self.streams, self.outputs["seen"], self.angles)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outputs:
+    """What the float block makes of sequences, computed when they are taken: all of them would fill the memory."""
+
+    block: Block
+    inputs: Sequences
+    angles: Angles
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.inputs.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs.device
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @torch.no_grad()
+    def __getitem__(self, part: slice, /) -> Tensor:
+        return run_block(self.block.config, FloatHooks(self.block), self.inputs[part], self.angles)
 
 
 class Descent:

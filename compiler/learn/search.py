@@ -22,7 +22,7 @@ from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.refine import Descent
 from planish.compiler.learn.site_factors import closed_form_factors
 from planish.compiler.learn.site_moments import RESIDUAL_SITES, gather_moments
-from planish.compiler.learn.streams import Streams
+from planish.compiler.learn.streams import Sequences, Streams
 from planish.compiler.learn.trainable import Trainable
 from planish.compiler.select.forms import SITE_GROUPS, forms_of_groups
 from planish.compiler.select.kurtosis import GROUPS, Group
@@ -90,7 +90,7 @@ class Searched:
     fallback: str | None = None
 
 
-def search_block(block: Block, streams: Streams, outputs: Tensor, scheme: Scheme, settings: Search) -> Searched:
+def search_block(block: Block, streams: Streams, outputs: Sequences, scheme: Scheme, settings: Search) -> Searched:
     """Search from the closed forms of both kinds; see `search_kinds`."""
     angles = Angles.of(block.config, streams.seen.shape[1], streams.seen.device)
     moments = gather_moments(block, (streams.seen[part] for part in streams.batches()), angles)
@@ -106,7 +106,7 @@ def search_kinds(
     block: Block,
     branches: Mapping[Kind, Branch],
     streams: Streams,
-    outputs: Tensor,
+    outputs: Sequences,
     scheme: Scheme,
     settings: Search,
 ) -> Searched:
@@ -169,7 +169,7 @@ def _decided(
     learned: Sequence[Trainable],
     thetas: Mapping[Group, Tensor],
     streams: Streams,
-    outputs: Tensor,
+    outputs: Sequences,
     angles: Angles,
     settings: Search,
 ) -> Searched:

@@ -14,8 +14,11 @@ __all__ = ["closed_form_factors"]
 
 
 def closed_form_factors(block: Block, moments: SiteMoments, forms: dict[Site, Form], seed: int) -> dict[Site, Factors]:
-    """Return the closed-form transform of every site; `key` and `value` know identity, rotation and dense."""
-    config = block.config
+    """Return the closed-form transform of every site, on the device of the moments.
+
+    `key` and `value` know identity, rotation and dense.
+    """
+    config, device = block.config, moments.keys.device
     factors: dict[Site, Factors] = {}
     stored = {"key": (moments.keys, moments.queries), "value": (moments.values, moments.value_readers)}
     for site, form in forms.items():
@@ -35,6 +38,9 @@ def closed_form_factors(block: Block, moments: SiteMoments, forms: dict[Site, Fo
             factors[site] = closed_form(form, moments.inputs[site], moments.weights[site], seed)
     # As they will be stored: what is folded must be the inverse of what runs.
     return {
-        site: Factors(each.kind, *(None if p is None else p.float() for p in (each.scale, each.right, each.left)))
+        site: Factors(
+            each.kind,
+            *(None if part is None else part.float().to(device) for part in (each.scale, each.right, each.left)),
+        )
         for site, each in factors.items()
     }

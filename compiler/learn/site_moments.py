@@ -64,11 +64,11 @@ def gather_moments(block: Block, batches: Iterable[Tensor], angles: Angles) -> S
     weights = {}
     for site, modules in SITE_MODULES.items():
         stacked = torch.cat([block.weight(module) for module in modules]).double()
-        weights[site] = stacked.T @ stacked / len(stacked)
+        weights[site] = (stacked.T @ stacked).div_(len(stacked))
     columns = torch.unflatten(block.weight("self_attn.o_proj").double(), 1, (-1, config.head_dim))
     readers = torch.einsum("ohd,ohe->hde", columns, columns)
     return SiteMoments(
-        {site: hooks.sums[site] / hooks.tokens for site in SITE_MODULES},
+        {site: hooks.sums[site].div_(hooks.tokens) for site in SITE_MODULES},
         weights,
         hooks.sums["key"],
         _over_groups(hooks.sums["query"], config.groups),
@@ -101,7 +101,10 @@ class _Recording(FloatHooks):
                 moment = weighted.T @ rows
             else:
                 moment = torch.einsum("bhtd,bhte->hde", x, x)
-            self.sums[name] = self.sums.get(name, 0) + moment.double()
+            if name in self.sums:
+                self.sums[name] += moment
+            else:
+                self.sums[name] = moment.double()
         self.tokens += len(token_weights)
 
 

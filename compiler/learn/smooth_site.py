@@ -8,7 +8,7 @@ from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.low_bit import Reached
 from planish.compiler.learn.site_moments import residual_weights
 from planish.compiler.learn.smooth_rotation import smooth_rotation
-from planish.compiler.learn.streams import Streams
+from planish.compiler.learn.streams import Sequences, Streams
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import Site
 
@@ -16,7 +16,7 @@ __all__ = ["smooth_ffn_out"]
 
 
 def smooth_ffn_out(
-    block: Block, streams: Streams, outputs: Tensor, angles: Angles, scheme: Scheme, seed: int
+    block: Block, streams: Streams, outputs: Sequences, angles: Angles, scheme: Scheme, seed: int
 ) -> tuple[Factors, dict[str, float]]:
     """Return the factors at ffn_out, and the error of every rule for its scale.
 

@@ -18,6 +18,7 @@ from planish.compiler.checkpoint.files import write_json
 from planish.compiler.checkpoint.first_layers import open_first_layers
 from planish.compiler.export.float_model import save_model
 from planish.compiler.export.portable import portable_model
+from planish.compiler.learn.device import clear_memory_errors, open_device
 from planish.compiler.learn.rotated import RotatedCheckpoint
 from planish.compiler.pipeline.flatten import Flattening, check_calibration, flatten
 from planish.compiler.pipeline.plan import make_plan
@@ -64,6 +65,7 @@ def compile_model(
     seed: int | None = None,
     refine: int | None = None,
     polish: int | None = None,
+    device: str | None = None,
     verify_passes: bool | None = None,
     targets: Sequence[str] | None = None,
     num_layers: int | None = None,
@@ -94,6 +96,7 @@ def compile_model(
         seed: see `Recipe`.
         refine: see `Recipe`.
         polish: see `Recipe`.
+        device: see `Recipe`.
         verify_passes: see `Recipe`.
         targets: see `Recipe`.
         num_layers: see `Recipe`.
@@ -125,6 +128,7 @@ def compile_model(
         seed=seed,
         refine=refine,
         polish=polish,
+        device=device,
         verify_passes=verify_passes,
         targets=None if targets is None else tuple(targets),
         num_layers=num_layers,
@@ -141,13 +145,14 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
     scheme, policy = recipe.parsed_scheme(), recipe.parsed_policy()
     # What is wrong with it is said before a checkpoint is fetched; how long sequences are depends on the model.
     recipe.calibration()
+    open_device(recipe.device)
     check_targets(recipe)
     check_output(out)
     checkpoint = open_first_layers(recipe.model, recipe.num_layers)
     checkpoint.check_tokenizer()
     calibration = recipe.calibration(checkpoint.config.max_context)
     settings: dict[str, Any] = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.decisive_settings(),
         "checkpoint": checkpoint.fingerprint(),
         "code": code_fingerprint(),
     }
@@ -224,18 +229,20 @@ class _Compile:
         if self.recipe.residual_rotation:
             base = RotatedCheckpoint(base, self.calibration.seed)
         self.work.codes.mkdir(exist_ok=True)
-        codes = CodesOnDisk(self.work.codes, base, self.scheme)
-        flattening = flatten(
-            base,
-            self.scheme,
-            policy,
-            self.calibration,
-            self.recipe.refine,
-            self._polish_epochs(),
-            self.work.flatten,
-            codes,
-            self.progress,
-        )
+        codes, device = CodesOnDisk(self.work.codes, base, self.scheme), open_device(self.recipe.device)
+        with clear_memory_errors(device):
+            flattening = flatten(
+                base,
+                self.scheme,
+                policy,
+                self.calibration,
+                self.recipe.refine,
+                self._polish_epochs(),
+                self.work.flatten,
+                codes,
+                self.progress,
+                device,
+            )
         if flattening.lost_to_nearest is not None:
             self.progress.say(f"flattening does not pay: {flattening.lost_to_nearest}")
             if self.recipe.leaves_policy_open:

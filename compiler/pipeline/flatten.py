@@ -1,16 +1,19 @@
 """The flatten stage of a compile: calibration text, choice of transforms, and the flattened blocks."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from planish.compiler.calibrate.settings import CalibrationSettings
 from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import Checkpoint
+from planish.compiler.checkpoint.files import write_json
 from planish.compiler.learn.block import MODULES
 from planish.compiler.learn.candidates import kind_of
 from planish.compiler.learn.flattening import flatten_checkpoint, held_out_sequences, read_evidence
@@ -31,7 +34,7 @@ from planish.passes.transforms import SITES, Transforms
 
 __all__ = ["Flattening", "calibration_on_disk", "check_calibration", "flatten"]
 
-_TOKENS, _CODES = "calibration.npy", "codes"
+_TOKENS, _CODES, _DIVERGENCE = "calibration.npy", "codes", "divergence.json"
 _NEAREST = "rounded to nearest"
 
 
@@ -77,18 +80,20 @@ def flatten(
     folder: Path,
     codes: CodesOnDisk,
     progress: Progress,
+    device: torch.device,
 ) -> Flattening:
     """Flatten `checkpoint` for `scheme`, working in `folder`; refine each block and polish the whole for some epochs.
 
-    See `flatten_checkpoint` and `polish` for what a killed run keeps.
+    All of it is computed on `device`, which holds a block and a batch, and the whole model only while that writes the
+    text or is polished. See `flatten_checkpoint` and `polish` for what a killed run keeps.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rounded = codes
     if polish_epochs:
         (folder / _CODES).mkdir(exist_ok=True)
         rounded = CodesOnDisk(folder / _CODES, checkpoint, scheme)
-    tokens = calibration_on_disk(checkpoint, settings, folder, progress)
-    chosen = choose_forms(checkpoint, scheme, policy, tokens, folder, progress, settings.seed)
+    tokens = calibration_on_disk(checkpoint, settings, folder, progress, device)
+    chosen = choose_forms(checkpoint, scheme, policy, tokens, folder, progress, settings.seed, device)
     transforms = flatten_checkpoint(
         checkpoint,
         scheme,
@@ -98,6 +103,7 @@ def flatten(
         rounded,
         seed=settings.seed,
         refinement=Refinement(epochs=refine_epochs, seed=settings.seed) if refine_epochs else None,
+        device=device,
         progress=lambda done, total: progress.step("flatten", done, total),
     )
     measured = read_evidence(folder, len(chosen))
@@ -116,10 +122,20 @@ def flatten(
     ]
     entry = transforms_entry(choices, policy, checkpoint.config, checkpoint.fingerprint())
     before = TransformedCheckpoint(checkpoint, transforms), rounded
-    divergence = _divergence(checkpoint, scheme, tokens, folder)
+    divergence = _divergence(checkpoint, scheme, tokens, folder, device)
     if polish_epochs:
         transforms, entry["polish"] = _polish(
-            checkpoint, scheme, transforms, rounded, tokens, polish_epochs, settings.seed, folder, codes, progress
+            checkpoint,
+            scheme,
+            transforms,
+            rounded,
+            tokens,
+            polish_epochs,
+            settings.seed,
+            folder,
+            codes,
+            progress,
+            device,
         )
         divergence["flattened and polished"] = min(entry["polish"]["held_out_divergence"])
     entry["held_out_divergence"] = divergence
@@ -129,16 +145,25 @@ def flatten(
     return Flattening(checkpoint, made, transforms, entry, before, _loss_to_nearest(divergence))
 
 
-def _divergence(checkpoint: Checkpoint, scheme: Scheme, tokens: Any, folder: Path) -> dict[str, float]:
-    """Return KL(float || low-bit) per held-out token, nats, of the flattened model and of one rounded to nearest."""
-    held_out = held_out_sequences(len(tokens))
-    streams = StreamFiles(folder, held_out).open(checkpoint.config.num_hidden_layers)
-    head, expected = Head.of(checkpoint), streams.target[-held_out:]
-    nearest = rounded_to_nearest_outputs(checkpoint, scheme, tokens[-held_out:])
-    return {
-        _NEAREST: head.mean_divergence(nearest, expected),
-        "flattened": head.mean_divergence(streams.seen[-held_out:], expected),
-    }
+def _divergence(
+    checkpoint: Checkpoint, scheme: Scheme, tokens: Any, folder: Path, device: torch.device
+) -> dict[str, float]:
+    """Return KL(float || low-bit) per held-out token, nats, of the flattened model and of one rounded to nearest.
+
+    It is measured once and kept in `folder`.
+    """
+    path, held_out = folder / _DIVERGENCE, held_out_sequences(len(tokens))
+    if not path.exists():
+        streams = StreamFiles(folder, held_out).open(checkpoint.config.num_hidden_layers)
+        head, expected = Head.of(checkpoint, device), streams.target[-held_out:]
+        nearest = rounded_to_nearest_outputs(checkpoint, scheme, tokens[-held_out:], device)
+        found = {
+            _NEAREST: head.mean_divergence(nearest, expected),
+            "flattened": head.mean_divergence(streams.seen[-held_out:], expected),
+        }
+        write_json(path, found)
+    kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    return kept
 
 
 def _loss_to_nearest(divergence: Mapping[str, float]) -> str | None:
@@ -162,10 +187,11 @@ def _polish(
     folder: Path,
     codes: CodesOnDisk,
     progress: Progress,
+    device: torch.device,
 ) -> tuple[Transforms, dict[str, Any]]:
     """Polish, write the codes with their new scales, and return the new transforms and what plan.json says of it."""
     layers = checkpoint.config.num_hidden_layers
-    streams = StreamFiles(folder, held_out_sequences(len(tokens))).open(layers)
+    streams = StreamFiles(folder, held_out_sequences(len(tokens)), device).open(layers)
     polished = polish(
         checkpoint,
         scheme,
@@ -177,6 +203,7 @@ def _polish(
         epochs,
         folder,
         seed=seed,
+        device=device,
         progress=lambda done, total: progress.step("polish", done, total),
     )
     for layer in range(layers):
@@ -191,7 +218,7 @@ def _polish(
 
 
 def calibration_on_disk(
-    checkpoint: Checkpoint, settings: CalibrationSettings, folder: Path, progress: Progress
+    checkpoint: Checkpoint, settings: CalibrationSettings, folder: Path, progress: Progress, device: torch.device
 ) -> npt.NDArray[np.int64]:
     """Return the calibration sequences, int64 [nsamples, seqlen], which are made once and kept in `folder`."""
     path = folder / _TOKENS
@@ -205,6 +232,7 @@ def calibration_on_disk(
         seqlen=settings.seqlen,
         seed=settings.seed,
         progress=progress,
+        device=device,
     )
     unfinished = path.with_suffix(".part.npy")
     np.save(unfinished, tokens)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from planish.compiler.calibrate.settings import SELF, CalibrationSettings
 from planish.compiler.checkpoint.files import write_text
 from planish.compiler.errors import CalibrationError, RecipeError, SelectionError
+from planish.compiler.learn.device import device_kind
 from planish.compiler.select.policy import SelectionPolicy
 from planish.passes.scheme import Scheme
 
@@ -40,6 +41,7 @@ class Recipe(BaseModel):
         refine: epochs for which the transforms of each block are learned by gradient descent, from their closed forms.
         polish: epochs for which norms, scales and clips of the whole model are learned last, see `polish`; None is 4
             where the model is small enough.
+        device: what learns and calibrates: `cpu`, `cuda`, or `cuda:N`.
         verify_passes: run the float graph after every pass that flattens, and stop where the logits move.
         targets: what to lower to; `ort` is integer products in ONNX Runtime, `rtx` and `tensorrt` are engines.
         num_layers: keep only this many of the first decoder blocks; None keeps all.
@@ -64,6 +66,7 @@ class Recipe(BaseModel):
     seed: int = 0
     refine: NonNegativeInt = 0
     polish: NonNegativeInt | None = None
+    device: str = "cpu"
     verify_passes: bool = True
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("ort",)
     num_layers: PositiveInt | None = None
@@ -145,6 +148,16 @@ class Recipe(BaseModel):
                 f"Ask for {context} tokens or fewer (--seqlen)."
             )
         return CalibrationSettings(dataset=self.dataset, nsamples=self.nsamples, seqlen=seqlen, seed=self.seed)
+
+    def decisive_settings(self) -> dict[str, Any]:
+        """Return the settings, for JSON, that a run must share with another to go on with what that one left.
+
+        Raises:
+            DeviceError: if the device is not spelled right.
+        """
+        # Processors and GPUs round products each in their own way, and a model made half on either would be one that no
+        # run makes by itself. So the kind of device counts; which GPU it is does not.
+        return {**self.model_dump(mode="json"), "device": device_kind(self.device)}
 
     def write(self, path: Path) -> None:
         """Write the recipe as YAML; settings that are not set are left out."""

@@ -10,6 +10,7 @@ from planish.compiler.calibrate.settings import CalibrationSettings
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.first_layers import open_first_layers
 from planish.compiler.errors import SelectionError
+from planish.compiler.learn.device import clear_memory_errors, open_device
 from planish.compiler.measure.evaluation import evaluate
 from planish.compiler.pipeline.compile import compile_recipe
 from planish.compiler.pipeline.flatten import calibration_on_disk, check_calibration
@@ -33,17 +34,20 @@ def study_checkpoint(recipe: Recipe, folder: Path, progress: Progress, search: b
     Raises:
         SelectionError: if the scheme leaves linears in floating point.
         CalibrationError: if the calibration text cannot be used, or what flows through the model is not finite.
+        DeviceError: if the recipe's device is not there, or its memory is too small.
     """
     scheme = recipe.parsed_scheme()
     if scheme.linear.is_float:
         raise SelectionError(f"{scheme} leaves linears in floating point: there is nothing to select. Give them bits.")
     recipe.calibration()
+    device = open_device(recipe.device)
     checkpoint = open_first_layers(recipe.model, recipe.num_layers)
     settings = recipe.calibration(checkpoint.config.max_context)
     check_calibration(settings)
     work = _apart(folder, "measured", recipe, checkpoint, settings)
-    tokens = calibration_on_disk(checkpoint, settings, work, progress)
-    errors = measure_forms(checkpoint, scheme, tokens, work, progress)
+    with clear_memory_errors(device):
+        tokens = calibration_on_disk(checkpoint, settings, work, progress, device)
+        errors = measure_forms(checkpoint, scheme, tokens, work, progress, device)
     kurtosis = read_kurtosis(checkpoint, KurtosisRule(), lambda done, total: progress.step("kurtosis", done, total))
     searched = None
     if search:
@@ -78,7 +82,7 @@ def measure_perplexities(
 def _apart(folder: Path, name: str, recipe: Recipe, checkpoint: Checkpoint, settings: CalibrationSettings) -> Path:
     """Return a folder in `folder` that only runs with equal settings use, made if need be."""
     content = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.decisive_settings(),
         "checkpoint": checkpoint.fingerprint(),
         "calibration": settings.fingerprint(),
         "code": code_fingerprint(),

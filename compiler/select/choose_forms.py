@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.errors import SelectionError
@@ -47,6 +48,7 @@ def choose_forms(
     folder: Path,
     progress: Progress,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> list[ChosenForms]:
     """Return the forms of every block.
 
@@ -58,6 +60,7 @@ def choose_forms(
         folder: to keep measurements in, so that a killed run need not repeat them.
         progress: is told about long work.
         seed: of the search.
+        device: what is measured is computed there; None is the CPU.
 
     Raises:
         CalibrationError: if what flows through the model is not finite, or there are too few sequences.
@@ -76,13 +79,20 @@ def choose_forms(
         statistics = read_kurtosis(checkpoint, policy.rule, lambda done, total: progress.step("kurtosis", done, total))
         return forms_by_kurtosis(statistics, policy.rule)
     if policy.name in ("measured", "auto"):
-        errors, budget = measure_forms(checkpoint, scheme, token_ids, folder, progress), policy.budget
-        flops = round((DEFAULT_BUDGET if budget is None else budget) * linear_flops(checkpoint.config))
+        errors = measure_forms(checkpoint, scheme, token_ids, folder, progress, device)
+        budget = DEFAULT_BUDGET if policy.budget is None else policy.budget
+        flops = round(budget * linear_flops(checkpoint.config))
         # What `fixed:affine` costs, the default may cost too: so the best choice is never worse than that one.
         return forms_within_budget(errors, max(flops, _affine_cost(errors)) if policy.name == "auto" else flops)
     if policy.name == "search":
         searched = search_forms(
-            checkpoint, scheme, token_ids, folder, seed, lambda done, total: progress.step("search", done, total)
+            checkpoint,
+            scheme,
+            token_ids,
+            folder,
+            seed,
+            lambda done, total: progress.step("search", done, total),
+            device,
         )
         return [_of_search(each) for each in searched]
     raise SelectionError(f"The policy {policy} chooses no transforms.")

@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.files import write_json
 from planish.compiler.learn.block import Angles, Block, read_block
-from planish.compiler.learn.flattening import finite_outputs, held_out_sequences, naming_block
+from planish.compiler.learn.flattening import embedding, finite_outputs, held_out_sequences, naming_block
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.stream_files import StreamFiles
-from planish.compiler.learn.streams import Streams
+from planish.compiler.learn.streams import Sequences, Streams
 
 __all__ = ["visit_float_blocks"]
 
@@ -27,8 +26,9 @@ def visit_float_blocks(
     token_ids: npt.NDArray[np.int64],
     folder: Path,
     name: str,
-    visit: Callable[[Block, Streams, Tensor], Any],
+    visit: Callable[[Block, Streams, Sequences], Any],
     progress: Callable[[int, int], None],
+    device: torch.device | None = None,
 ) -> list[Any]:
     """Return what `visit` finds at every block; a killed run goes on behind the last block that was finished.
 
@@ -39,27 +39,27 @@ def visit_float_blocks(
         name: of what is looked for.
         visit: (block, its inputs, its outputs) -> something JSON can hold. Both streams are the float model's.
         progress: (blocks done, blocks in all).
+        device: where a block and its inputs are; None is the CPU.
 
     Raises:
         CalibrationError: if a block's outputs are not finite, or there are too few sequences.
     """
     config, found = checkpoint.config, []
-    files = StreamFiles(folder / name, held_out_sequences(len(token_ids)))
+    files = StreamFiles(folder / name, held_out_sequences(len(token_ids)), device)
     if files.newest() is None:
-        table = torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight").astype(np.float32))
-        files.begin(token_ids, lambda ids: table[ids])
-    angles = Angles.of(config, token_ids.shape[1])
+        files.begin(token_ids, embedding(checkpoint))
+    angles = Angles.of(config, token_ids.shape[1], device)
     with fast_products():
         for layer in range(config.num_hidden_layers):
             path = folder / f"{name}-{layer}.json"
             # The streams go on after the findings are kept: a run that was killed between the two does only that.
             if files.newest() == layer:
-                block, streams = read_block(checkpoint, layer), files.open(layer)
-                outputs = finite_outputs(block, streams, angles, layer)
+                block, streams = read_block(checkpoint, layer).to(device), files.open(layer)
+                outputs = finite_outputs(block, files, angles, layer)
                 if not path.exists():
                     with naming_block(layer):
                         write_json(path, visit(block, streams, outputs))
-                files.advance(layer, outputs, lambda x: x)
+                files.advance(layer, lambda x: x)
             found.append(json.loads(path.read_text(encoding="utf-8")))
             progress(layer + 1, config.num_hidden_layers)
     return found

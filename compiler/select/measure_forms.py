@@ -19,7 +19,7 @@ from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.low_bit import round_activation, round_mapped
 from planish.compiler.learn.site_factors import closed_form_factors
 from planish.compiler.learn.site_moments import gather_moments, residual_weights
-from planish.compiler.learn.streams import Streams
+from planish.compiler.learn.streams import Sequences, Streams
 from planish.compiler.progress import Progress
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
 from planish.compiler.select.float_blocks import visit_float_blocks
@@ -53,15 +53,21 @@ class FormErrors:
 
 
 def measure_forms(
-    checkpoint: Checkpoint, scheme: Scheme, token_ids: npt.NDArray[np.int64], folder: Path, progress: Progress
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    token_ids: npt.NDArray[np.int64],
+    folder: Path,
+    progress: Progress,
+    device: torch.device | None = None,
 ) -> list[FormErrors]:
     """Return the errors at every block; see `visit_float_blocks` for what is kept in `folder`.
 
-    Transforms are fitted to all calibration sequences but the last eighth, on which errors are measured.
+    Transforms are fitted to all calibration sequences but the last eighth, on which errors are measured. All of it is
+    computed on `device`; None is the CPU.
     """
-    angles = Angles.of(checkpoint.config, token_ids.shape[1])
+    angles = Angles.of(checkpoint.config, token_ids.shape[1], device)
 
-    def visit(block: Block, streams: Streams, outputs: Tensor) -> dict[str, Any]:
+    def visit(block: Block, streams: Streams, outputs: Sequences) -> dict[str, Any]:
         return dataclasses.asdict(_measure_block(block, streams, outputs, angles, scheme))
 
     found = visit_float_blocks(
@@ -71,11 +77,12 @@ def measure_forms(
         "forms",
         visit,
         lambda done, total: progress.step("measure transforms", done, total),
+        device,
     )
     return [FormErrors(**each) for each in found]
 
 
-def _measure_block(block: Block, streams: Streams, outputs: Tensor, angles: Angles, scheme: Scheme) -> FormErrors:
+def _measure_block(block: Block, streams: Streams, outputs: Sequences, angles: Angles, scheme: Scheme) -> FormErrors:
     moments = gather_moments(block, (streams.target[part] for part in streams.batches()), angles)
     sample = _Sampling(block)
     first = next(iter(streams.batches()))
@@ -108,7 +115,7 @@ def _measure_block(block: Block, streams: Streams, outputs: Tensor, angles: Angl
     return result
 
 
-def _held_out_error(block: Block, hooks: "_OneSite", streams: Streams, outputs: Tensor, angles: Angles) -> float:
+def _held_out_error(block: Block, hooks: "_OneSite", streams: Streams, outputs: Sequences, angles: Angles) -> float:
     errors = []
     for part in streams.batches(held_out=True):
         y = outputs[part]

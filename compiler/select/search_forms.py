@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+import torch
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.learn.block import Block
 from planish.compiler.learn.search import Search, Searched, search_block
-from planish.compiler.learn.streams import Streams
+from planish.compiler.learn.streams import Sequences, Streams
 from planish.compiler.select.float_blocks import visit_float_blocks
 from planish.passes.scheme import Scheme
 
@@ -26,11 +26,15 @@ def search_forms(
     folder: Path,
     seed: int,
     progress: Callable[[int, int], None],
+    device: torch.device | None = None,
 ) -> list[Searched]:
-    """Return what `search_block` finds at every block; see `visit_float_blocks` for what is kept in `folder`."""
+    """Return what `search_block` finds at every block; see `visit_float_blocks` for what is kept in `folder`.
 
-    def visit(block: Block, streams: Streams, outputs: Tensor) -> dict[str, Any]:
+    All of it is computed on `device`; None is the CPU.
+    """
+
+    def visit(block: Block, streams: Streams, outputs: Sequences) -> dict[str, Any]:
         return dataclasses.asdict(search_block(block, streams, outputs, scheme, Search(seed=seed)))
 
-    found = visit_float_blocks(checkpoint, token_ids, folder, "search", visit, progress)
+    found = visit_float_blocks(checkpoint, token_ids, folder, "search", visit, progress, device)
     return [Searched(**each) for each in found]

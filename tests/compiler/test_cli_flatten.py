@@ -48,6 +48,8 @@ def refused(done: Any, code: int, message: str) -> None:
         (["--nsamples", "5000"], 24, "5000 were asked for"),
         (["--seed", "-1"], 24, "is negative"),
         (["--dataset", "nowhere.txt"], 24, "'nowhere.txt' does not exist"),
+        (["--device", "gpu"], 28, "'gpu' is not a device. Give cpu, cuda, or cuda:N"),
+        (["--device", "cuda:99"], 28, "The device cuda:99 was asked for, and"),
         (["--plan", "nowhere.json"], 26, "nowhere.json cannot be read"),
         (["--plan", "plan.json", "--select", "measured"], 25, "Leave out --plan or --select"),
     ],
@@ -157,5 +159,6 @@ def test_a_study_of_selection(run: Run, tiny: Path, text: Path, tmp_path: Path) 
 
 def test_a_study_needs_low_bits_and_a_place_for_bundles(run: Run, tiny: Path, text: Path) -> None:
     refused(run("study", "selection", tiny, "--scheme", "w16a16"), 25, "there is nothing to select")
+    refused(run("study", "selection", tiny, "--scheme", "w4a4", "--device", "cuda:99"), 28, "cuda:99 was asked for")
     done = run("study", "selection", tiny, "--scheme", "w4a4", "--perplexity", text)
     assert (done.code, "give --output" in done.err) == (2, True)

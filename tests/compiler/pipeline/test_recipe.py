@@ -48,6 +48,16 @@ def test_missing_recipe(tmp_path: Path) -> None:
         Recipe.read(tmp_path / "no.yaml")
 
 
+def test_which_gpu_it_is_decides_nothing() -> None:
+    settings = [
+        Recipe(model="a", scheme="w4a4", device=device).decisive_settings() for device in ("cuda", "cuda:1", "cpu")
+    ]
+    assert settings[0] == settings[1]
+    assert settings[0] != settings[2]
+    assert settings[2] == Recipe(model="a", scheme="w4a4").decisive_settings()
+    assert settings[2] != Recipe(model="a", scheme="w4a4", seed=1).decisive_settings()
+
+
 def test_auto_follows_the_scheme() -> None:
     assert str(Recipe(model="a", scheme="w4a4").parsed_policy()) == "auto"
     assert str(Recipe(model="a", scheme="w16a16k4v4").parsed_policy()) == "none"

@@ -17,7 +17,10 @@ from planish.plugins.kernel_layout import KernelWeight, pack_for_kernel, padded_
 from planish.plugins.native import build_library
 from planish.plugins.packing import pack
 
-__all__ = ["FOLDER", "Segment", "emulate", "emulation", "stored_tokens"]
+__all__ = ["DOT", "FOLDER", "LARGE", "MMA", "Quantized", "Segment", "emulate", "quantize", "stored_tokens"]
+
+#: How products are made: dot products and MMAs for few tokens, and the kernel for many.
+DOT, MMA, LARGE = range(3)
 
 FOLDER = Path(__file__).parent / "plugins" / "cuda"
 
@@ -25,7 +28,7 @@ Array = npt.NDArray[Any]
 
 
 @functools.cache
-def emulation() -> ctypes.CDLL:
+def _emulation() -> ctypes.CDLL:
     """Return the library of emulation.cpp."""
     return ctypes.CDLL(str(build_library(FOLDER / "emulation.cpp")))
 
@@ -78,8 +81,11 @@ def stored_tokens(codes: Array, padded: int, zero: int) -> Array:
     return np.ascontiguousarray(whole.reshape(-1, padded // 8, 4, 2).swapaxes(2, 3).reshape(-1, padded))
 
 
-def emulate(low: Segment, high: Segment | None = None, *, way: int, warps: int, threads: int = 64) -> Array:
-    """Return y, float32 [tokens, rows], of the small-batch kernel; `way` is 0 for dot products and 1 for the MMA."""
+def emulate(low: Segment, high: Segment | None = None, *, way: int, warps: int = 1, threads: int = 64) -> Array:
+    """Return y, float32 [tokens, rows], of a kernel.
+
+    `way` is DOT or MMA, the kernels for few tokens with `warps` and `threads` to a block, or LARGE.
+    """
     segments = [low] if high is None else [high, low]
     weights = [each.packed() for each in segments]
     padded = [padded_channels(each.weights.shape[1], each.bits) for each in segments]
@@ -99,9 +105,103 @@ def emulate(low: Segment, high: Segment | None = None, *, way: int, warps: int, 
         setattr(call, f"{name}_scales", row_scales[i].ctypes.data)
         setattr(call, f"{name}_sums", weights[i].row_sums.ctypes.data)
         setattr(call, f"{name}_groups", padded[i] // {2: 128, 3: 256, 4: 64}[segments[i].bits])
-    failed = emulation().planish_small_linear(ctypes.byref(call), low.bits, way, warps, threads)
-    assert not failed
+    if way == LARGE:
+        _emulation().planish_large_linear(ctypes.byref(call), low.bits)
+    else:
+        failed = _emulation().planish_small_linear(ctypes.byref(call), low.bits, way, warps, threads)
+        assert not failed
     return y
+
+
+class _CodeSegment(ctypes.Structure):
+    _fields_ = [
+        ("channels", ctypes.c_int32),
+        ("padded", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("factor", ctypes.c_float),
+    ]
+
+
+class _Quantization(ctypes.Structure):
+    _fields_ = [
+        ("channels", ctypes.c_int32),
+        ("gain", ctypes.c_void_p),
+        ("epsilon", ctypes.c_float),
+        ("right", ctypes.c_void_p),
+        ("left", ctypes.c_void_p),
+        ("right_count", ctypes.c_int32),
+        ("m", ctypes.c_int32),
+        ("k", ctypes.c_int32),
+        ("permutation", ctypes.c_void_p),
+        ("segments", _CodeSegment * 2),
+        ("segment_count", ctypes.c_int32),
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """What the quantising kernel gives: codes uint8 [tokens, stored], scale and (zero, sum) of every segment."""
+
+    codes: Array
+    scale: Array
+    zero_sum: Array
+
+
+def quantize(
+    x: Array,
+    segments: list[tuple[int, int, int]],
+    *,
+    clip: float = 1.0,
+    gain: Array | None = None,
+    epsilon: float = 0.0,
+    right: Array | None = None,
+    left: Array | None = None,
+    permutation: Array | None = None,
+    values: int = 16,
+    threads: int = 64,
+) -> Quantized:
+    """Run the quantising kernel on float32 x [tokens, channels].
+
+    Args:
+        x: the tokens.
+        segments: channels, padded channels and bits of each.
+        clip: of all segments.
+        gain: float32 [channels] of the RMSNorm; None leaves it out.
+        epsilon: of the RMSNorm.
+        right: float32 [1 or m, k, k]; None is none.
+        left: float32 [m, m]; None is none.
+        permutation: int32 [channels]; None is none.
+        values: results of a thread, 4 or 16.
+        threads: of a block.
+    """
+    tokens, channels = x.shape
+    k = right.shape[1] if right is not None else channels // len(left) if left is not None else channels
+    arrays = [None if each is None else np.ascontiguousarray(each) for each in (gain, right, left, permutation)]
+    addresses = [None if each is None else each.ctypes.data for each in arrays]
+    task = _Quantization(
+        channels,
+        addresses[0],
+        epsilon,
+        addresses[1],
+        addresses[2],
+        0 if right is None else len(right),
+        channels // k,
+        k,
+        addresses[3],
+        (_CodeSegment * 2)(*((*each, np.float32(clip) / np.float32((1 << each[2] - 1) - 1)) for each in segments)),
+        len(segments),
+    )
+    stride = sum(padded for _, padded, _ in segments)
+    codes = np.full((tokens, stride), 255, np.uint8)
+    scale = np.empty((tokens, len(segments)), np.float32)
+    zero_sum = np.empty((tokens, len(segments), 2), np.int32)
+    x = np.ascontiguousarray(x, np.float32)
+    size = ctypes.c_int64
+    _emulation().planish_quantize(
+        ctypes.byref(task), ctypes.c_void_p(x.ctypes.data), size(tokens), size(stride), values, threads,
+        *(ctypes.c_void_p(each.ctypes.data) for each in (codes, scale, zero_sum)),
+    )  # fmt: skip
+    return Quantized(codes, scale, zero_sum)
 
 
 def _aligned(array: Array) -> Array:

@@ -69,56 +69,72 @@ PLANISH_HD int32_t dot4(uint32_t weights, uint32_t codes, int32_t sum) {
 #endif
 }
 
-// Adds to `c` the products of ROW_TILES tiles of rows with TOKEN_TILES tiles of tokens over the groups begin .. end - 1.
+// Adds to `c` the products of one group: its words for ROW_TILES tiles of rows, TOKEN_TILES tiles of tokens.
 //
-// `weights` is the first word of the segment, whose rows of tiles have `groups` groups; `channel` is where the segment
-// begins in the stored codes; `row_tiles` names the tiles of rows.
+// `codes_of(token_tile, tile, lane)` gives a lane's 16 codes of its token in a tile of the group, from wherever they are.
+template <int BITS, class Warp, int ROW_TILES, int TOKEN_TILES, class CodesOf>
+PLANISH_HD void multiply_group(typename Warp::template PerLane<FragmentC> (&c)[ROW_TILES][TOKEN_TILES],
+                               const typename Warp::template PerLane<GroupWords<BITS>> (&words)[ROW_TILES],
+                               CodesOf codes_of) {
+    PLANISH_UNROLL
+    for (int tile = 0; tile < group_tiles(BITS); ++tile) {
+        typename Warp::template PerLane<FragmentA> a[ROW_TILES][2];
+        PLANISH_UNROLL
+        for (int r = 0; r < ROW_TILES; ++r) {
+            Warp::each([&](int lane) {
+                const Bytes bytes = to_bytes(unpack_nibbles<BITS>(words[r][lane].word + tile * BITS));
+                PLANISH_UNROLL
+                for (int reg = 0; reg < 8; ++reg) {
+                    a[r][reg / 4][lane].reg[reg % 4] = bytes.o[u8_register(reg / 4, reg % 4)];
+                }
+            });
+        }
+        PLANISH_UNROLL
+        for (int j = 0; j < TOKEN_TILES; ++j) {
+            typename Warp::template PerLane<FragmentB> b[2];
+            Warp::each([&](int lane) {
+                const Quad codes = codes_of(j, tile, lane);
+                b[0][lane] = {{codes.word[0], codes.word[1]}};
+                b[1][lane] = {{codes.word[2], codes.word[3]}};
+            });
+            PLANISH_UNROLL
+            for (int r = 0; r < ROW_TILES; ++r) {
+                Warp::mma_u8(c[r][j], a[r][0], b[0]);
+                Warp::mma_u8(c[r][j], a[r][1], b[1]);
+            }
+        }
+    }
+}
+
+// The words of group `group` for each tile of rows. `weights` is the first word of a segment whose tiles of rows have
+// `groups` groups.
+template <int BITS, class Warp, int ROW_TILES>
+PLANISH_HD void load_groups(typename Warp::template PerLane<GroupWords<BITS>> (&words)[ROW_TILES],
+                            const uint32_t* weights, const int64_t (&row_tiles)[ROW_TILES], int64_t groups,
+                            int64_t group) {
+    PLANISH_UNROLL
+    for (int r = 0; r < ROW_TILES; ++r) {
+        const uint32_t* first = weights + (row_tiles[r] * groups + group) * group_words(BITS);
+        Warp::each([&](int lane) { load_group<BITS>(first, lane, words[r][lane]); });
+    }
+}
+
+// Adds to `c` the products of ROW_TILES tiles of rows with all tokens, TOKEN_TILES tiles of them, over the groups
+// begin .. end - 1. `channel` is where the segment begins in the stored codes.
 template <int BITS, class Warp, int ROW_TILES, int TOKEN_TILES>
 PLANISH_HD void multiply_mma(typename Warp::template PerLane<FragmentC> (&c)[ROW_TILES][TOKEN_TILES],
                              const uint32_t* weights, const int64_t (&row_tiles)[ROW_TILES], int64_t groups,
                              int64_t begin, int64_t end, const Tokens& tokens, int64_t channel) {
-    using Words = typename Warp::template PerLane<GroupWords<BITS>>;
-    Words ahead[ROW_TILES];
-    const auto load_ahead = [&](int64_t group) {
-        PLANISH_UNROLL
-        for (int r = 0; r < ROW_TILES; ++r) {
-            const uint32_t* words = weights + (row_tiles[r] * groups + group) * group_words(BITS);
-            Warp::each([&](int lane) { load_group<BITS>(words, lane, ahead[r][lane]); });
-        }
-    };
-    if (begin < end) load_ahead(begin);
+    typename Warp::template PerLane<GroupWords<BITS>> words[ROW_TILES], ahead[ROW_TILES];
+    if (begin < end) load_groups<BITS, Warp>(ahead, weights, row_tiles, groups, begin);
     for (int64_t group = begin; group < end; ++group) {
-        Words words[ROW_TILES];
         PLANISH_UNROLL
         for (int r = 0; r < ROW_TILES; ++r) words[r] = ahead[r];
-        if (group + 1 < end) load_ahead(group + 1);
-        PLANISH_UNROLL
-        for (int tile = 0; tile < group_tiles(BITS); ++tile) {
-            const int64_t at = channel + group * group_channels(BITS) + tile * kTileChannels;
-            typename Warp::template PerLane<FragmentB> b[2][TOKEN_TILES];
-            PLANISH_UNROLL
-            for (int j = 0; j < TOKEN_TILES; ++j) {
-                Warp::each([&](int lane) {
-                    const Quad codes = load_codes(tokens, j * kTileTokens + lane / 4, at, lane);
-                    b[0][j][lane] = {{codes.word[0], codes.word[1]}};
-                    b[1][j][lane] = {{codes.word[2], codes.word[3]}};
-                });
-            }
-            PLANISH_UNROLL
-            for (int r = 0; r < ROW_TILES; ++r) {
-                typename Warp::template PerLane<FragmentA> a[2];
-                Warp::each([&](int lane) {
-                    const Bytes bytes = to_bytes(unpack_nibbles<BITS>(words[r][lane].word + tile * BITS));
-                    PLANISH_UNROLL
-                    for (int reg = 0; reg < 8; ++reg) a[reg / 4][lane].reg[reg % 4] = bytes.o[u8_register(reg / 4, reg % 4)];
-                });
-                PLANISH_UNROLL
-                for (int j = 0; j < TOKEN_TILES; ++j) {
-                    Warp::mma_u8(c[r][j], a[0], b[0][j]);
-                    Warp::mma_u8(c[r][j], a[1], b[1][j]);
-                }
-            }
-        }
+        if (group + 1 < end) load_groups<BITS, Warp>(ahead, weights, row_tiles, groups, group + 1);
+        const int64_t at = channel + group * group_channels(BITS);
+        multiply_group<BITS, Warp>(c, words, [&](int token_tile, int tile, int lane) {
+            return load_codes(tokens, token_tile * kTileTokens + lane / 4, at + tile * kTileChannels, lane);
+        });
     }
 }
 

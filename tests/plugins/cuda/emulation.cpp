@@ -1,8 +1,11 @@
 // Runs the blocks of the GPU kernels on the host, warp by warp and phase by phase, for the tests in Python.
 
 #include <cstddef>
+#include <cstring>
 #include <vector>
 
+#include "large_linear.cuh"
+#include "quantize_row.cuh"
 #include "small_linear.cuh"
 
 using namespace planish;
@@ -79,9 +82,78 @@ int small(const Linear& linear, int way, int warps, int threads) {
     return 1;
 }
 
+// As the kernel does: fill a stage, multiply, over all groups of a segment; here warp after warp.
+template <int BITS>
+void add_segment(const Linear& linear, const WeightSegment& weights, int64_t channel, int64_t row_block,
+                 int64_t token_block, int warp, LargeSums<HostWarp>& sums) {
+    std::vector<Quad> stage(stage_bytes(BITS) / sizeof(Quad));
+    auto* bytes = reinterpret_cast<uint8_t*>(stage.data());
+    int64_t row_tiles[kLargeRowTiles];
+    large_row_tiles(linear, row_block, warp, row_tiles);
+    for (int64_t group = 0; group < weights.groups; ++group) {
+        for (int thread = 0; thread < kLargeWarps * kLanes; ++thread) {
+            fill_stage<BITS>(linear.tokens, token_block, channel + group * group_channels(BITS), bytes, thread,
+                             kLargeWarps * kLanes, [](uint8_t* to, const uint8_t* from, bool valid) {
+                                 valid ? std::memcpy(to, from, kChunkBytes) : std::memset(to, 0, kChunkBytes);
+                             });
+        }
+        HostWarp::PerLane<GroupWords<BITS>> words[kLargeRowTiles];
+        load_groups<BITS, HostWarp>(words, weights.words, row_tiles, weights.groups, group);
+        add_group<BITS, HostWarp>(sums, words, bytes);
+    }
+}
+
+template <int BITS>
+void large(const Linear& linear) {
+    const int64_t token_blocks = ceil_div<int64_t>(linear.tokens.count, kLargeTokens);
+    const int64_t row_blocks = ceil_div<int64_t>(linear.rows, kLargeRows);
+    for (int64_t i = 0; i < token_blocks * row_blocks * kLargeWarps; ++i) {
+        const int warp = static_cast<int>(i % kLargeWarps);
+        const int64_t token_block = i / kLargeWarps % token_blocks, row_block = i / kLargeWarps / token_blocks;
+        if ((row_block * kLargeWarps + warp) * kLargeRowTiles >= row_tiles_of(linear.rows)) continue;  // stores nothing
+        LargeSums<HostWarp> sums = {};
+        LargeOutputs<HostWarp> outputs = {};
+        add_segment<BITS>(linear, linear.low, low_channel(linear), row_block, token_block, warp, sums);
+        finish_segment<HostWarp>(linear, segments_of(linear) - 1, BITS, row_block, token_block, warp, sums, outputs);
+        if (linear.high.groups > 0) {
+            add_segment<kHighBits>(linear, linear.high, 0, row_block, token_block, warp, sums);
+            finish_segment<HostWarp>(linear, 0, BITS, row_block, token_block, warp, sums, outputs);
+        }
+        store_outputs<HostWarp>(linear, row_block, token_block, warp, outputs);
+    }
+}
+
+template <int VALUES>
+void quantize(const RowQuantization& task, const float* x, int64_t tokens, int64_t stride, int threads,
+              const RowOutput& out) {
+    std::vector<float> row(static_cast<std::size_t>(task.channels));
+    for (int64_t token = 0; token < tokens; ++token) {
+        std::memcpy(row.data(), x + token * task.channels, row.size() * sizeof(float));
+        HostBlock block(threads);
+        quantize_row<VALUES>(task, row.data(),
+                             {out.codes + token * stride, out.scales + token * task.segment_count,
+                              out.sums + token * task.segment_count},
+                             block);
+    }
+}
+
 }  // namespace
 
 extern "C" {
+
+void planish_large_linear(const Call* call, int32_t bits) {
+    const Linear linear = linear_of(*call);
+    if (bits == 2) return large<2>(linear);
+    if (bits == 3) return large<3>(linear);
+    large<4>(linear);
+}
+
+// RowQuantization is passed as it is: its fields have the sizes and places that ctypes gives them.
+void planish_quantize(const RowQuantization* task, const float* x, int64_t tokens, int64_t stride, int32_t values,
+                      int32_t threads, uint8_t* codes, float* scales, TokenSum* sums) {
+    const auto run = values == 4 ? quantize<4> : quantize<16>;
+    run(*task, x, tokens, stride, threads, {codes, scales, sums});
+}
 
 // `way` is 0 for dot products, 1 for the MMA. Returns 0, or 1 where that way does not take so many tokens.
 int planish_small_linear(const Call* call, int32_t bits, int32_t way, int32_t warps, int32_t threads) {

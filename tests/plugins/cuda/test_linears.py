@@ -10,10 +10,8 @@ import pytest
 from planish.plugins.native import SOURCES, find_compiler
 from planish.plugins.ops import matmul
 from planish.plugins.packing import pack
-from tests.kernel_emulation import FOLDER, Array, Segment, emulate
+from tests.kernel_emulation import DOT, FOLDER, LARGE, MMA, Array, Segment, emulate
 from tests.onnx_run import op_model, session
-
-DOT, MMA = 0, 1
 
 
 def random_segment(
@@ -131,3 +129,24 @@ def test_function_body_gives_the_same(bits: int) -> None:
             for way in ways(tokens):
                 found = emulate(segment, way=way, warps=int(rng.integers(1, 9)))
                 np.testing.assert_array_equal(found, y[0])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "k"), [(1, 1, 1), (17, 33, 65), (63, 16, 257), (65, 300, 576), (130, 257, 100)]
+)
+def test_many_tokens(tokens: int, rows: int, k: int, bits: int) -> None:
+    segment = random_segment(np.random.default_rng(tokens), tokens, rows, k, bits, 3, extreme=k == 65)
+    np.testing.assert_array_equal(emulate(segment, way=LARGE), expected(segment))
+
+
+def test_a_long_prompt() -> None:
+    segment = random_segment(np.random.default_rng(0), 4096, 40, 576, 3, 3)
+    np.testing.assert_array_equal(emulate(segment, way=LARGE), expected(segment))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_many_tokens_in_two_segments(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    low, high = random_segment(rng, 70, 48, 300, bits, 3), random_segment(rng, 70, 48, 128, 4, 4)
+    np.testing.assert_array_equal(emulate(low, high, way=LARGE), expected(high, low))

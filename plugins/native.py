@@ -29,7 +29,7 @@ _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared")
 class NativeBuildError(PlanishError):
     """C++ or CUDA sources of planish could not be compiled."""
 
-    exit_code = 28
+    exit_code = 29
 
 
 def cache_folder() -> Path:

@@ -5,14 +5,15 @@
 //     right   Y[i][j] = sum_l X[i][l] right[l][j], one matrix for all i or one for each
 //     left    Y[i][j] = sum_l left[l][i] X[l][j]
 //
-// Both together are a Kronecker product, of which a Hadamard rotation is one; `right` for each i is a block-diagonal map
-// and `left` behind it a mixing of the blocks. So one routine serves every kind of transform, and the matrices of a
+// Both together are a Kronecker product, of which a Hadamard rotation is one; `right` for each i is a block-diagonal
+// map and `left` behind it a mixing of the blocks. So one routine serves every kind of transform, and the matrices of a
 // Hadamard rotation, of any order, are data.
 //
-// Cost: m + k multiply-adds per channel, float32 on the CUDA cores. Each thread holds up to VALUES results in registers,
-// so that a row is transformed in place and shared memory holds it once: 57 KB for 14336 channels, which every GPU has.
-// A thread's results share a column wherever k is at most the number of threads. Then an element of `right` (of X, for
-// the left factor) is loaded once for all of them, and neighbouring threads load neighbouring elements.
+// Cost: m + k multiply-adds per channel, float32 on the CUDA cores. Each thread holds up to VALUES results in
+// registers, so that a row is transformed in place and shared memory holds it once: 57 KB for 14336 channels, which
+// every GPU has. A thread's results share a column wherever k is at most the number of threads. Then an element of
+// `right` (of X, for the left factor) is loaded once for all of them, and neighbouring threads load neighbouring
+// elements.
 #pragma once
 
 #include "block.cuh"
@@ -43,42 +44,36 @@ PLANISH_HD void apply_factor(const Factors& factors, float* row, Block& block) {
     const bool one_column = k <= block.threads() && (LEFT || factors.right_count == 1);
     block.each([&](int thread) {
         Results<VALUES>& sums = results[thread];
-        int row_of[VALUES], column_of[VALUES];
+        // Where a thread has no such result it computes another one and does not store it: no branch in the loops.
+        const auto result_at = [&](int v) {
+            const int at = thread + v * stride;
+            return thread < stride && at < m * k ? at : 0;
+        };
+        PLANISH_UNROLL
+        for (int v = 0; v < VALUES; ++v) sums.value[v] = 0;
+        if (one_column) {
+            const int column = thread % k;
+            int row_of[VALUES];
+            PLANISH_UNROLL
+            for (int v = 0; v < VALUES; ++v) row_of[v] = result_at(v) / k;
+            for (int l = 0; l < (LEFT ? m : k); ++l) {
+                const float shared = LEFT ? row[l * k + column] : factors.right[l * k + column];
+                PLANISH_UNROLL
+                for (int v = 0; v < VALUES; ++v) {
+                    sums.value[v] += (LEFT ? factors.left[l * m + row_of[v]] : row[row_of[v] * k + l]) * shared;
+                }
+            }
+            return;
+        }
+        // Nothing to share: one result after the other, so that only its own two addresses are in registers.
         PLANISH_UNROLL
         for (int v = 0; v < VALUES; ++v) {
-            // Where there is no such result, another one is computed and not stored: no branch in the loops below.
-            const int at = thread + v * stride, inside = thread < stride && at < m * k ? at : 0;
-            sums.value[v] = 0;
-            row_of[v] = inside / k;
-            column_of[v] = inside % k;
-        }
-        if (one_column && LEFT) {
-            for (int l = 0; l < m; ++l) {
-                const float x = row[l * k + thread % k];
-                PLANISH_UNROLL
-                for (int v = 0; v < VALUES; ++v) sums.value[v] += factors.left[l * m + row_of[v]] * x;
-            }
-        } else if (one_column) {
-            for (int l = 0; l < k; ++l) {
-                const float factor = factors.right[l * k + thread % k];
-                PLANISH_UNROLL
-                for (int v = 0; v < VALUES; ++v) sums.value[v] += row[row_of[v] * k + l] * factor;
-            }
-        } else if (LEFT) {
-            for (int l = 0; l < m; ++l) {
-                PLANISH_UNROLL
-                for (int v = 0; v < VALUES; ++v) {
-                    sums.value[v] += factors.left[l * m + row_of[v]] * row[l * k + column_of[v]];
-                }
-            }
-        } else {
-            for (int l = 0; l < k; ++l) {
-                PLANISH_UNROLL
-                for (int v = 0; v < VALUES; ++v) {
-                    const int matrix = factors.right_count == 1 ? 0 : row_of[v];
-                    sums.value[v] += row[row_of[v] * k + l] * factors.right[(matrix * k + l) * k + column_of[v]];
-                }
-            }
+            const int i = result_at(v) / k, j = result_at(v) % k;
+            const float* x = LEFT ? row + j : row + i * k;
+            const float* factor =
+                LEFT ? factors.left + i : factors.right + (factors.right_count == 1 ? 0 : i * k * k) + j;
+            const int step = LEFT ? m : k;
+            for (int l = 0; l < (LEFT ? m : k); ++l) sums.value[v] += x[LEFT ? l * k : l] * factor[l * step];
         }
     });
     block.each([&](int thread) {

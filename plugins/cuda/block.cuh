@@ -47,7 +47,8 @@ class DeviceBlock {
 
     // Of magnitudes: the bits of floats that are not negative order as integers do.
     __device__ __forceinline__ float largest(const PerThread<float>& values) {
-        return __int_as_float(combine(__float_as_int(values.value), [](int32_t a, int32_t b) { return a > b ? a : b; }));
+        return __int_as_float(
+            combine(__float_as_int(values.value), [](int32_t a, int32_t b) { return a > b ? a : b; }));
     }
 
   private:

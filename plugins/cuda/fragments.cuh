@@ -56,7 +56,8 @@ PLANISH_HD int nibble_channel(int lane, int i) { return 16 * (lane % 4) + 8 * (i
 
 // 4-bit MMA: register a[reg] is n[reg].
 //
-// 8-bit MMA: MMA h = 0, 1 takes the even and the odd nibbles of n[2 h] and n[2 h + 1]; a[reg] is o[u8_register(h, reg)].
+// 8-bit MMA: MMA h = 0, 1 takes the even and the odd nibbles of n[2 h] and n[2 h + 1]; a[reg] is o[u8_register(h,
+// reg)].
 PLANISH_HD constexpr int u8_register(int h, int reg) { return 4 * h + 2 * (reg & 1) + (reg >> 1); }
 
 // --- the activations of a token, stored in the order in which lanes load them ---

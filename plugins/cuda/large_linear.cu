@@ -13,7 +13,8 @@ namespace {
 // 16 bytes to shared memory in the background, or zeros.
 __device__ __forceinline__ void copy_async(uint8_t* to, const uint8_t* from, bool valid) {
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -53,9 +54,10 @@ __device__ __forceinline__ void add_segment(const Linear& linear, const WeightSe
 }
 
 template <int BITS, bool HIGH>
-__global__ void __launch_bounds__(kLargeWarps * kLanes) large(const Linear linear) {
+__global__ void __launch_bounds__(kLargeWarps* kLanes) large(const Linear linear) {
     // The widest stage is that of 3 bits.
-    __shared__ __align__(16) uint8_t stages[2 * (stage_bytes(BITS) > stage_bytes(kHighBits) ? stage_bytes(BITS) : stage_bytes(kHighBits))];
+    __shared__ __align__(16)
+        uint8_t stages[2 * (stage_bytes(BITS) > stage_bytes(kHighBits) ? stage_bytes(BITS) : stage_bytes(kHighBits))];
     const int64_t token_block = blockIdx.x, row_block = blockIdx.y;
     const int warp = threadIdx.x / kLanes;
     int64_t row_tiles[kLargeRowTiles];
@@ -78,7 +80,9 @@ int launch(const Linear& linear, cudaStream_t stream) {
     // Blocks that read the same weights are neighbours, so that all but the first find them in L2.
     const dim3 grid(ceil_div(linear.tokens.count, kLargeTokens),
                     static_cast<unsigned>(ceil_div<int64_t>(linear.rows, kLargeRows)));
-    if (grid.y > 65535) return fail(PLANISH_BAD_ARGUMENT, "%lld rows are more than a launch can have", static_cast<long long>(linear.rows));
+    if (grid.y > 65535)
+        return fail(PLANISH_BAD_ARGUMENT, "%lld rows are more than a launch can have",
+                    static_cast<long long>(linear.rows));
     const auto kernel = linear.high.groups > 0 ? large<BITS, true> : large<BITS, false>;
     kernel<<<grid, kLargeWarps * kLanes, 0, stream>>>(linear);
     return launched("planish_large_linear");
@@ -90,6 +94,8 @@ int launch(const Linear& linear, cudaStream_t stream) {
 extern "C" int planish_large_linear(const planish_linear* task, void* stream) {
     planish::Linear linear;
     if (const int status = planish::read_linear(*task, linear)) return status;
-    const auto launch = task->low_bits == 2 ? planish::launch<2> : task->low_bits == 3 ? planish::launch<3> : planish::launch<4>;
+    const auto launch = task->low_bits == 2   ? planish::launch<2>
+                        : task->low_bits == 3 ? planish::launch<3>
+                                              : planish::launch<4>;
     return launch(linear, static_cast<cudaStream_t>(stream));
 }

@@ -1,16 +1,16 @@
 // A low-bit linear for many tokens (prefill): bound by how fast tensor cores multiply.
 //
-// A block of kWarps warps takes 256 rows and 64 tokens; a warp 32 rows and all 64 tokens. Per tile of 64 channels a warp
-// unpacks two tiles of weights (2 x 18 instructions at 3 bits), loads its codes (8 x 128 bits from shared memory) and
-// issues 32 MMAs of 4096 multiply-adds: two tiles of rows to a load, because with one the loads from shared memory would
-// take longer than the MMAs.
+// A block of kWarps warps takes 256 rows and 64 tokens; a warp 32 rows and all 64 tokens. Per tile of 64 channels a
+// warp unpacks two tiles of weights (2 x 18 instructions at 3 bits), loads its codes (8 x 128 bits from shared memory)
+// and issues 32 MMAs of 4096 multiply-adds: two tiles of rows to a load, because with one the loads from shared memory
+// would take longer than the MMAs.
 //
 // Weights go from memory to registers, already in the order of the fragments, with the next group under way; only the
 // codes of the tokens, which all warps read, pass through shared memory, two stages of one group of channels. In a
 // stage the 64 bytes of a tile lie beside those of the next token, so that a load of a warp is 512 consecutive bytes.
 //
-// The two segments have scales of their own: the sums of one turn into float32 outputs at the boundary, and start again at
-// zero for the other.
+// The two segments have scales of their own: the sums of one turn into float32 outputs at the boundary, and start again
+// at zero for the other.
 #pragma once
 
 #include "linear.cuh"
@@ -50,10 +50,12 @@ struct LargeOutputs {
 };
 
 // The tiles of rows of a warp. Behind the last row there is nothing to load: the last tile is done again, not stored.
-PLANISH_HD void large_row_tiles(const Linear& linear, int64_t row_block, int warp, int64_t (&row_tiles)[kLargeRowTiles]) {
+PLANISH_HD void large_row_tiles(const Linear& linear, int64_t row_block, int warp,
+                                int64_t (&row_tiles)[kLargeRowTiles]) {
     PLANISH_UNROLL
     for (int r = 0; r < kLargeRowTiles; ++r) {
-        const int64_t tile = (row_block * kLargeWarps + warp) * kLargeRowTiles + r, last = row_tiles_of(linear.rows) - 1;
+        const int64_t tile = (row_block * kLargeWarps + warp) * kLargeRowTiles + r,
+                      last = row_tiles_of(linear.rows) - 1;
         row_tiles[r] = tile < last ? tile : last;
     }
 }
@@ -95,7 +97,8 @@ PLANISH_HD void each_output(const Linear& linear, int64_t row_block, int64_t tok
             Warp::each([&](int lane) {
                 PLANISH_UNROLL
                 for (int reg = 0; reg < 4; ++reg) {
-                    const int64_t row = ((row_block * kLargeWarps + warp) * kLargeRowTiles + r) * kTileRows + c_row(lane, reg);
+                    const int64_t row =
+                        ((row_block * kLargeWarps + warp) * kLargeRowTiles + r) * kTileRows + c_row(lane, reg);
                     const int64_t token = token_block * kLargeTokens + j * kTileTokens + c_token(lane, reg);
                     if (row < linear.rows && token < linear.tokens.count) visit(r, j, lane, reg, token, row);
                 }
@@ -108,19 +111,21 @@ PLANISH_HD void each_output(const Linear& linear, int64_t row_block, int64_t tok
 template <class Warp>
 PLANISH_HD void finish_segment(const Linear& linear, int segment, int low_bits, int64_t row_block, int64_t token_block,
                                int warp, LargeSums<Warp>& sums, LargeOutputs<Warp>& outputs) {
-    each_output<Warp>(linear, row_block, token_block, warp, [&](int r, int j, int lane, int reg, int64_t token, int64_t row) {
-        int32_t& sum = sums.c[r][j][lane].reg[reg];
-        outputs.y[r][j][lane].reg[reg] += segment_output(linear, segment, low_bits, token, row, sum);
-        sum = 0;
-    });
+    each_output<Warp>(linear, row_block, token_block, warp,
+                      [&](int r, int j, int lane, int reg, int64_t token, int64_t row) {
+                          int32_t& sum = sums.c[r][j][lane].reg[reg];
+                          outputs.y[r][j][lane].reg[reg] += segment_output(linear, segment, low_bits, token, row, sum);
+                          sum = 0;
+                      });
 }
 
 template <class Warp>
 PLANISH_HD void store_outputs(const Linear& linear, int64_t row_block, int64_t token_block, int warp,
                               const LargeOutputs<Warp>& outputs) {
-    each_output<Warp>(linear, row_block, token_block, warp, [&](int r, int j, int lane, int reg, int64_t token, int64_t row) {
-        store_output(linear, token, row, outputs.y[r][j][lane].reg[reg]);
-    });
+    each_output<Warp>(linear, row_block, token_block, warp,
+                      [&](int r, int j, int lane, int reg, int64_t token, int64_t row) {
+                          store_output(linear, token, row, outputs.y[r][j][lane].reg[reg]);
+                      });
 }
 
 }  // namespace planish

@@ -25,15 +25,18 @@ int launched(const char* kernel) {
 }
 
 int read_linear(const planish_linear& task, Linear& linear) {
-    if (task.low_bits < 2 || task.low_bits > 4) return fail(PLANISH_BAD_ARGUMENT, "weights of %d bits have no kernel", task.low_bits);
-    if (task.type < PLANISH_FLOAT32 || task.type > PLANISH_BFLOAT16) return fail(PLANISH_BAD_ARGUMENT, "there is no type %d", task.type);
+    if (task.low_bits < 2 || task.low_bits > 4)
+        return fail(PLANISH_BAD_ARGUMENT, "weights of %d bits have no kernel", task.low_bits);
+    if (task.type < PLANISH_FLOAT32 || task.type > PLANISH_BFLOAT16)
+        return fail(PLANISH_BAD_ARGUMENT, "there is no type %d", task.type);
     if (task.rows < 1 || task.tokens < 1 || task.tokens > INT32_MAX) {
         return fail(PLANISH_BAD_ARGUMENT, "a product of %lld tokens and %lld rows", static_cast<long long>(task.tokens),
                     static_cast<long long>(task.rows));
     }
     if (task.high.channels < 0 || task.high.channels % kTileChannels || task.low.channels < 1) {
-        return fail(PLANISH_BAD_ARGUMENT, "%d high-impact channels beside %d others: a multiple of 64, and one at least",
-                    task.high.channels, task.low.channels);
+        return fail(PLANISH_BAD_ARGUMENT,
+                    "%d high-impact channels beside %d others: a multiple of 64, and one at least", task.high.channels,
+                    task.low.channels);
     }
     const int64_t stored = task.high.channels + padded_channels(task.low.channels, task.low_bits);
     if (task.stride < stored || task.stride % 16) {
@@ -41,7 +44,8 @@ int read_linear(const planish_linear& task, Linear& linear) {
                     static_cast<long long>(task.stride), static_cast<long long>(stored));
     }
     if (!task.low.words || !task.low.scales || !task.low.row_sums || !task.codes || !task.token_scales ||
-        !task.token_zero_sums || !task.y || (task.high.channels && (!task.high.words || !task.high.scales || !task.high.row_sums))) {
+        !task.token_zero_sums || !task.y ||
+        (task.high.channels && (!task.high.words || !task.high.scales || !task.high.row_sums))) {
         return fail(PLANISH_BAD_ARGUMENT, "a linear lacks one of its arrays");
     }
     if (!aligned(task.low.words) || !aligned(task.high.words) || !aligned(task.codes)) {

@@ -69,8 +69,8 @@ PLANISH_HD float segment_output(const Linear& linear, int segment, int low_bits,
     const bool low = segment == segments - 1;
     const WeightSegment& weights = low ? linear.low : linear.high;
     const int64_t at = token * segments + segment;
-    const int32_t product = centred(products, linear.token_sums[at], zero_point(low ? low_bits : kHighBits),
-                                    weights.row_sums[row]);
+    const int32_t product =
+        centred(products, linear.token_sums[at], zero_point(low ? low_bits : kHighBits), weights.row_sums[row]);
     return scaled(product, weights.scales[row], linear.token_scales[at]);
 }
 

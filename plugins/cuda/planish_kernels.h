@@ -39,8 +39,8 @@ struct planish_quantize {
     void* sum;            /* x + residual, likewise; null where it is not wanted */
     const float* gain;    /* [channels], of the RMSNorm; null is no norm */
     float epsilon;
-    const float* right; /* [right_count][k][k]; null is none */
-    const float* left;  /* [m][m]; null is none */
+    const float* right;  /* [right_count][k][k]; null is none */
+    const float* left;   /* [m][m]; null is none */
     int32_t right_count; /* 1, or m */
     int32_t m;           /* a token is read as m rows of k channels, m * k = channels; m = 1 where there is no factor */
     int32_t k;
@@ -50,18 +50,18 @@ struct planish_quantize {
     int32_t type;          /* enum planish_type, of x, residual and sum */
     int32_t channels;      /* at most 16384 */
     int64_t tokens;
-    uint8_t* codes;      /* [tokens][stride] */
-    int64_t stride;      /* bytes from token to token, a multiple of 16 */
-    float* scales;       /* [tokens][segment_count] */
-    int32_t* zero_sums;  /* [tokens][segment_count][2]: zero point, sum of codes with padding */
+    uint8_t* codes;     /* [tokens][stride] */
+    int64_t stride;     /* bytes from token to token, a multiple of 16 */
+    float* scales;      /* [tokens][segment_count] */
+    int32_t* zero_sums; /* [tokens][segment_count][2]: zero point, sum of codes with padding */
 };
 
 /* The weights of one segment, in kernel layout; see planish.plugins.kernel_layout. */
 struct planish_weight_segment {
     const uint32_t* words;
-    const float* scales;      /* [rows] */
-    const int32_t* row_sums;  /* [rows, padded to a multiple of 16] */
-    int32_t channels;         /* 0 where the linear has no such segment */
+    const float* scales;     /* [rows] */
+    const int32_t* row_sums; /* [rows, padded to a multiple of 16] */
+    int32_t channels;        /* 0 where the linear has no such segment */
 };
 
 /* y [tokens][rows] = codes times weights, with all scales applied. */
@@ -74,8 +74,8 @@ struct planish_linear {
     int64_t tokens;
     const uint8_t* codes;
     int64_t stride;
-    const float* token_scales;       /* [tokens][segments], as planish_quantize wrote them */
-    const int32_t* token_zero_sums;  /* [tokens][segments][2] */
+    const float* token_scales;      /* [tokens][segments], as planish_quantize wrote them */
+    const int32_t* token_zero_sums; /* [tokens][segments][2] */
     void* y;
 };
 

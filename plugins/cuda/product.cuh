@@ -71,7 +71,8 @@ PLANISH_HD int32_t dot4(uint32_t weights, uint32_t codes, int32_t sum) {
 
 // Adds to `c` the products of one group: its words for ROW_TILES tiles of rows, TOKEN_TILES tiles of tokens.
 //
-// `codes_of(token_tile, tile, lane)` gives a lane's 16 codes of its token in a tile of the group, from wherever they are.
+// `codes_of(token_tile, tile, lane)` gives a lane's 16 codes of its token in a tile of the group, from wherever they
+// are.
 template <int BITS, class Warp, int ROW_TILES, int TOKEN_TILES, class CodesOf>
 PLANISH_HD void multiply_group(typename Warp::template PerLane<FragmentC> (&c)[ROW_TILES][TOKEN_TILES],
                                const typename Warp::template PerLane<GroupWords<BITS>> (&words)[ROW_TILES],

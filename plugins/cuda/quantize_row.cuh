@@ -7,8 +7,8 @@
 //     code = clamp(round(v / scale), -2^(bits-1), 2^(bits-1) - 1) + 2^(bits-1)
 //
 // The last two lines are those of PlanishQuantizeActivation, operation by operation, so that without a transform the
-// codes and scales are equal to its. A permutation puts channels into the order of the weights; high-impact channels come
-// first and have a scale and bits of their own.
+// codes and scales are equal to its. A permutation puts channels into the order of the weights; high-impact channels
+// come first and have a scale and bits of their own.
 //
 // Bytes: x once, codes once, one byte per channel; factors from L2. Everything between is in shared memory.
 #pragma once
@@ -96,8 +96,8 @@ PLANISH_HD void quantize_segment(const CodeSegment& segment, const int32_t* orde
                 int32_t code = zero;
                 if (channel < segment.channels) {
                     const float rounded = rintf(divide(value(channel), scale));
-                    code += static_cast<int32_t>(fminf(fmaxf(rounded, static_cast<float>(-zero)),
-                                                       static_cast<float>(zero - 1)));
+                    code += static_cast<int32_t>(
+                        fminf(fmaxf(rounded, static_cast<float>(-zero)), static_cast<float>(zero - 1)));
                 }
                 sum += code;
                 stored |= static_cast<uint64_t>(code) << 8 * u8_position(i);

@@ -1,7 +1,7 @@
 // The launcher of quantize_row.cuh: one block per token.
 //
-// A thread holds 16 results of a factor, or 4 where there are few tokens, when a GPU is nearly idle and more threads make
-// a token's own time shorter.
+// A thread holds 16 results of a factor, or 4 where there are few tokens, when a GPU is nearly idle and more threads
+// make a token's own time shorter.
 
 #include "launch.cuh"
 #include "quantize_row.cuh"
@@ -30,7 +30,8 @@ __device__ __forceinline__ float to_float(T value) {
 }
 
 template <class T, int VALUES>
-__global__ void __launch_bounds__(kMaxThreads) quantize(const RowQuantization task, const Io io) {
+__global__ void __launch_bounds__(kMaxThreads)
+    quantize(const __grid_constant__ RowQuantization task, const __grid_constant__ Io io) {
     extern __shared__ float row[];
     __shared__ int32_t scratch[kMaxThreads / 32];
     DeviceBlock block(scratch);
@@ -77,15 +78,18 @@ int launch(const RowQuantization& task, const Io& io, int64_t tokens, cudaStream
     const int few = tokens <= kFewTokens ? threads_for<4>(task.factors, task.channels) : 0;
     if (few) return launch<T, 4>(task, io, tokens, few, stream);
     const int threads = threads_for<16>(task.factors, task.channels);
-    if (!threads) return fail(PLANISH_BAD_ARGUMENT, "no block is wide enough for %d channels as rows of %d", task.channels, task.factors.k);
+    if (!threads)
+        return fail(PLANISH_BAD_ARGUMENT, "no block is wide enough for %d channels as rows of %d", task.channels,
+                    task.factors.k);
     return launch<T, 16>(task, io, tokens, threads, stream);
 }
 
 int check(const planish_quantize& task) {
-    if (task.type < PLANISH_FLOAT32 || task.type > PLANISH_BFLOAT16) return fail(PLANISH_BAD_ARGUMENT, "there is no type %d", task.type);
+    if (task.type < PLANISH_FLOAT32 || task.type > PLANISH_BFLOAT16)
+        return fail(PLANISH_BAD_ARGUMENT, "there is no type %d", task.type);
     if (task.channels < 1 || task.channels > kMostChannels || task.tokens < 1 || task.tokens > INT32_MAX) {
-        return fail(PLANISH_BAD_ARGUMENT, "%lld tokens of %d channels; a token has up to %d", static_cast<long long>(task.tokens),
-                    task.channels, kMostChannels);
+        return fail(PLANISH_BAD_ARGUMENT, "%lld tokens of %d channels; a token has up to %d",
+                    static_cast<long long>(task.tokens), task.channels, kMostChannels);
     }
     const bool has_factor = task.right || task.left;
     if (has_factor && (task.m < 1 || task.k < 1 || int64_t{task.m} * task.k != task.channels)) {
@@ -94,21 +98,24 @@ int check(const planish_quantize& task) {
     if (task.right && task.right_count != 1 && task.right_count != task.m) {
         return fail(PLANISH_BAD_ARGUMENT, "%d right factors for %d rows", task.right_count, task.m);
     }
-    if (task.segment_count < 1 || task.segment_count > kMaxSegments) return fail(PLANISH_BAD_ARGUMENT, "%d segments", task.segment_count);
+    if (task.segment_count < 1 || task.segment_count > kMaxSegments)
+        return fail(PLANISH_BAD_ARGUMENT, "%d segments", task.segment_count);
     int64_t channels = 0, padded = 0;
     for (int s = 0; s < task.segment_count; ++s) {
         const planish_code_segment& segment = task.segments[s];
         if (segment.bits < 2 || segment.bits > 8 || !(segment.clip > 0 && segment.clip <= 1) || segment.channels < 1 ||
             segment.padded < segment.channels || segment.padded % kTileChannels) {
-            return fail(PLANISH_BAD_ARGUMENT, "segment %d: %d channels in %d bytes, %d bits, clip %g", s, segment.channels,
-                        segment.padded, segment.bits, static_cast<double>(segment.clip));
+            return fail(PLANISH_BAD_ARGUMENT, "segment %d: %d channels in %d bytes, %d bits, clip %g", s,
+                        segment.channels, segment.padded, segment.bits, static_cast<double>(segment.clip));
         }
         channels += segment.channels;
         padded += segment.padded;
     }
     if (channels != task.channels || task.stride < padded || task.stride % 16) {
-        return fail(PLANISH_BAD_ARGUMENT, "segments of %lld channels and %lld bytes in tokens of %d channels, %lld bytes apart",
-                    static_cast<long long>(channels), static_cast<long long>(padded), task.channels, static_cast<long long>(task.stride));
+        return fail(PLANISH_BAD_ARGUMENT,
+                    "segments of %lld channels and %lld bytes in tokens of %d channels, %lld bytes apart",
+                    static_cast<long long>(channels), static_cast<long long>(padded), task.channels,
+                    static_cast<long long>(task.stride));
     }
     if (!task.x || !task.codes || !task.scales || !task.zero_sums || (task.sum && !task.residual)) {
         return fail(PLANISH_BAD_ARGUMENT, "planish_quantize_tokens lacks one of its arrays");
@@ -123,14 +130,21 @@ int check(const planish_quantize& task) {
 extern "C" int planish_quantize_tokens(const planish_quantize* task, void* stream) {
     using namespace planish;
     if (const int status = check(*task)) return status;
-    RowQuantization row = {task->channels, task->gain, task->epsilon,
-                           {task->right, task->left, task->right_count, task->m, task->k}, task->permutation, {}, task->segment_count};
+    RowQuantization row = {task->channels,     task->gain,
+                           task->epsilon,      {task->right, task->left, task->right_count, task->m, task->k},
+                           task->permutation,  {},
+                           task->segment_count};
     for (int s = 0; s < task->segment_count; ++s) {
         const planish_code_segment& segment = task->segments[s];
         row.segments[s] = {segment.channels, segment.padded, segment.bits,
                            segment.clip / static_cast<float>(zero_point(segment.bits) - 1)};
     }
-    const Io io = {task->x, task->residual, task->sum, task->codes, task->stride, task->scales,
+    const Io io = {task->x,
+                   task->residual,
+                   task->sum,
+                   task->codes,
+                   task->stride,
+                   task->scales,
                    reinterpret_cast<TokenSum*>(task->zero_sums)};
     const auto on = static_cast<cudaStream_t>(stream);
     if (task->type == PLANISH_FLOAT16) return launch<__half>(row, io, task->tokens, on);

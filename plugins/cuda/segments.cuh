@@ -51,9 +51,10 @@ PLANISH_HD constexpr int word_offset(int bits, int tile, int word, int lane) {
     return (flat / 4 * kLanes + lane) * 4 + flat % 4;
 }
 
-// The first of `total` items that worker `index` of `workers` does; it ends where worker index + 1 begins.
-PLANISH_HD constexpr int64_t share_begin(int64_t total, int64_t workers, int64_t index) {
-    return total * index / workers;
+// The first of `total` groups that worker `index` of `workers` does; it ends where worker index + 1 begins. In 32 bits,
+// because a GPU divides 64-bit numbers by a subroutine.
+PLANISH_HD constexpr int share_begin(int64_t total, int workers, int index) {
+    return static_cast<int>(total) * index / workers;
 }
 
 }  // namespace planish

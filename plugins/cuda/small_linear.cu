@@ -14,21 +14,23 @@ namespace planish {
 namespace {
 
 constexpr int kMostWarps = 16;
-// Two segments of partial sums of 2 x 2 tiles and 8 warps fit into the 48 KB that need no permission; of 16 they do not.
+// Two segments of partial sums of 2 x 2 tiles and 8 warps fit into the 48 KB that need no permission; of 16 they do
+// not.
 constexpr int kMostWideWarps = 8;
 
 template <int BITS, int TOKENS>
-__global__ void __launch_bounds__(kMostWarps * kLanes, 2) small_dot(const Linear linear) {
+__global__ void __launch_bounds__(kMostWarps* kLanes, 2) small_dot(const Linear linear) {
     extern __shared__ int32_t partials[];
     const int warps = blockDim.x / kLanes, warp = threadIdx.x / kLanes;
     sum_share_dot<BITS, DeviceWarp, TOKENS>(linear, blockIdx.x, warp, warps, partials);
     __syncthreads();
-    finish_outputs(linear, BITS, int64_t{blockIdx.x} * kTileRows, kTileRows, threadIdx.x, blockDim.x, partials, 4 * warps,
-                   TOKENS * kTileRows, kTileRows);
+    finish_outputs(linear, BITS, int64_t{blockIdx.x} * kTileRows, kTileRows, threadIdx.x, blockDim.x, partials,
+                   4 * warps, TOKENS * kTileRows, kTileRows);
 }
 
 template <int BITS, int TILES>
-__global__ void __launch_bounds__((TILES == 1 ? kMostWarps : kMostWideWarps) * kLanes, 2) small_mma(const Linear linear) {
+__global__ void __launch_bounds__((TILES == 1 ? kMostWarps : kMostWideWarps) * kLanes, 2)
+    small_mma(const Linear linear) {
     extern __shared__ int32_t partials[];
     constexpr int kRows = TILES * kTileRows;
     const int warps = blockDim.x / kLanes, warp = threadIdx.x / kLanes;
@@ -51,7 +53,8 @@ int launch(const Linear& linear, cudaStream_t stream) {
     const auto bytes = [&](int ints) { return ints * segments * sizeof(int32_t); };
     if (tokens > 8) {
         const int warps = warps_for(linear, kMostWideWarps);
-        small_mma<BITS, 2><<<ceil_div(row_tiles, 2u), warps * kLanes, bytes(warps * kWarpPartials<2, 2>), stream>>>(linear);
+        small_mma<BITS, 2>
+            <<<ceil_div(row_tiles, 2u), warps * kLanes, bytes(warps * kWarpPartials<2, 2>), stream>>>(linear);
     } else if (tokens > 2) {
         const int warps = warps_for(linear, kMostWarps);
         small_mma<BITS, 1><<<row_tiles, warps * kLanes, bytes(warps * kWarpPartials<1, 1>), stream>>>(linear);
@@ -70,9 +73,11 @@ extern "C" int planish_small_linear(const planish_linear* task, void* stream) {
     planish::Linear linear;
     if (const int status = planish::read_linear(*task, linear)) return status;
     if (task->tokens > PLANISH_SMALL_TOKENS) {
-        return planish::fail(PLANISH_BAD_ARGUMENT, "planish_small_linear takes up to %d tokens, not %lld", PLANISH_SMALL_TOKENS,
-                             static_cast<long long>(task->tokens));
+        return planish::fail(PLANISH_BAD_ARGUMENT, "planish_small_linear takes up to %d tokens, not %lld",
+                             PLANISH_SMALL_TOKENS, static_cast<long long>(task->tokens));
     }
-    const auto launch = task->low_bits == 2 ? planish::launch<2> : task->low_bits == 3 ? planish::launch<3> : planish::launch<4>;
+    const auto launch = task->low_bits == 2   ? planish::launch<2>
+                        : task->low_bits == 3 ? planish::launch<3>
+                                              : planish::launch<4>;
     return launch(linear, static_cast<cudaStream_t>(stream));
 }

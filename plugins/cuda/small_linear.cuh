@@ -1,7 +1,7 @@
 // A low-bit linear for few tokens (decode): bound by how fast weights come in.
 //
-// Bytes: the weights once, rows * K * bits / 8; the codes of the tokens once per block, from L2. At 3 bits and one token
-// that is 0.375 bytes per weight against 2 in float16.
+// Bytes: the weights once, rows * K * bits / 8; the codes of the tokens once per block, from L2. At 3 bits and one
+// token that is 0.375 bytes per weight against 2 in float16.
 //
 // A block takes ROW_TILES tiles of rows and all of K; its warps share K. So there is no second kernel, no workspace and
 // no atomic addition, and the sum of a row is a sum of int32, the same in any order: results do not depend on the grid.
@@ -36,10 +36,9 @@ PLANISH_HD void sum_share_mma(const Linear& linear, int64_t block, int warp, int
     const auto segment = [&](auto bits, const WeightSegment& weights, int64_t channel, int index) {
         constexpr int kBits = decltype(bits)::value;
         typename Warp::template PerLane<FragmentC> c[ROW_TILES][TOKEN_TILES] = {};
-        multiply_mma<kBits, Warp, ROW_TILES, TOKEN_TILES>(c, weights.words, row_tiles, weights.groups,
-                                                          share_begin(weights.groups, warps, warp),
-                                                          share_begin(weights.groups, warps, warp + 1), linear.tokens,
-                                                          channel);
+        multiply_mma<kBits, Warp, ROW_TILES, TOKEN_TILES>(
+            c, weights.words, row_tiles, weights.groups, share_begin(weights.groups, warps, warp),
+            share_begin(weights.groups, warps, warp + 1), linear.tokens, channel);
         int32_t* mine = partials + (index * warps + warp) * kWarpPartials<ROW_TILES, TOKEN_TILES>;
         PLANISH_UNROLL
         for (int r = 0; r < ROW_TILES; ++r) {
@@ -49,7 +48,8 @@ PLANISH_HD void sum_share_mma(const Linear& linear, int64_t block, int warp, int
                     PLANISH_UNROLL
                     for (int reg = 0; reg < 4; ++reg) {
                         const int token = j * kTileTokens + c_token(lane, reg);
-                        mine[token * kTokenStride<ROW_TILES> + r * kTileRows + c_row(lane, reg)] = c[r][j][lane].reg[reg];
+                        mine[token * kTokenStride<ROW_TILES> + r * kTileRows + c_row(lane, reg)] =
+                            c[r][j][lane].reg[reg];
                     }
                 });
             }
@@ -84,7 +84,8 @@ PLANISH_HD void sum_share_dot(const Linear& linear, int64_t block, int warp, int
 }
 
 // Phase 2, a thread: adds up the partial sums of its outputs and stores them. A segment has `parts` partial sums,
-// `part_size` ints apart; the tokens of one are `token_stride` ints apart. Neighbouring threads store neighbouring rows.
+// `part_size` ints apart; the tokens of one are `token_stride` ints apart. Neighbouring threads store neighbouring
+// rows.
 PLANISH_HD void finish_outputs(const Linear& linear, int low_bits, int64_t first_row, int block_rows, int thread,
                                int threads, const int32_t* partials, int parts, int part_size, int token_stride) {
     for (int i = thread; i < linear.tokens.count * block_rows; i += threads) {

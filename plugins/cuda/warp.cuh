@@ -2,7 +2,8 @@
 //
 // What lanes do on their own is a lambda given to `each`, and what they keep in registers a `PerLane`. What they do
 // together is an MMA. On the GPU both cost nothing: `each` runs the lambda for the calling lane and `PerLane` is one
-// value. HostWarp runs the lambda 32 times and multiplies by the fragment maps of the PTX ISA, one lane after the other.
+// value. HostWarp runs the lambda 32 times and multiplies by the fragment maps of the PTX ISA, one lane after the
+// other.
 //
 // Both codes of an MMA are unsigned; the accumulator is int32, and D = A B + D.
 #pragma once

@@ -72,7 +72,8 @@ void words_give_back_nibbles() {
         uint32_t words[BITS];
         pack_nibbles<BITS>(nibbles, words);
         const Nibbles back = unpack_nibbles<BITS>(words);
-        for (int i = 0; i < 4; ++i) expect(back.n[i] == nibbles.n[i], "unpack_nibbles does not undo pack_nibbles", BITS);
+        for (int i = 0; i < 4; ++i)
+            expect(back.n[i] == nibbles.n[i], "unpack_nibbles does not undo pack_nibbles", BITS);
     }
 }
 

@@ -24,7 +24,7 @@ _FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings", "--cudart", "static")
 
 
 def find_tool(name: str) -> Path | None:
-    """Return nvcc, cuobjdump or nvdisasm: from $CUDA_HOME, the path, or the wheels of this environment; None if absent."""
+    """Return nvcc, cuobjdump or nvdisasm from $CUDA_HOME, the path or the wheels of this environment, or None."""
     home = os.environ.get("CUDA_HOME")
     wheels = [Path(folder) / "nvidia" / "cu13" / "bin" for folder in sys.path]
     folders = [*([Path(home) / "bin"] if home else []), *map(Path, os.get_exec_path()), *wheels]
@@ -60,8 +60,8 @@ def _nvcc(*arguments: str) -> None:
     nvcc = find_tool("nvcc")
     if nvcc is None:
         raise NativeBuildError(
-            "Compiling the kernels needs nvcc of CUDA 13, and there is none. Install the CUDA toolkit and set CUDA_HOME, "
-            "or install the wheels that docs/kernels.md names."
+            "Compiling the kernels needs nvcc of CUDA 13, and there is none. Install the CUDA toolkit and set "
+            "CUDA_HOME, or install the wheels that docs/kernels.md names."
         )
     done = subprocess.run([str(nvcc), *_FLAGS, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:

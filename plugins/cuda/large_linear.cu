@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kLargeWarps* kLanes) large(const Linear linear
     __shared__ __align__(16)
         uint8_t stages[2 * (stage_bytes(BITS) > stage_bytes(kHighBits) ? stage_bytes(BITS) : stage_bytes(kHighBits))];
     const int64_t token_block = blockIdx.x, row_block = blockIdx.y;
-    const int warp = threadIdx.x / kLanes;
+    const int warp = DeviceWarp::index();
     int64_t row_tiles[kLargeRowTiles];
     large_row_tiles(linear, row_block, warp, row_tiles);
     LargeSums<DeviceWarp> sums = {};

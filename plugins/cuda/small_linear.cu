@@ -21,7 +21,7 @@ constexpr int kMostWideWarps = 8;
 template <int BITS, int TOKENS>
 __global__ void __launch_bounds__(kMostWarps* kLanes, 2) small_dot(const Linear linear) {
     extern __shared__ int32_t partials[];
-    const int warps = blockDim.x / kLanes, warp = threadIdx.x / kLanes;
+    const int warps = blockDim.x / kLanes, warp = DeviceWarp::index();
     sum_share_dot<BITS, DeviceWarp, TOKENS>(linear, blockIdx.x, warp, warps, partials);
     __syncthreads();
     finish_outputs(linear, BITS, int64_t{blockIdx.x} * kTileRows, kTileRows, threadIdx.x, blockDim.x, partials,
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__((TILES == 1 ? kMostWarps : kMostWideWarps) * k
     small_mma(const Linear linear) {
     extern __shared__ int32_t partials[];
     constexpr int kRows = TILES * kTileRows;
-    const int warps = blockDim.x / kLanes, warp = threadIdx.x / kLanes;
+    const int warps = blockDim.x / kLanes, warp = DeviceWarp::index();
     sum_share_mma<BITS, DeviceWarp, TILES, TILES>(linear, blockIdx.x, warp, warps, partials);
     __syncthreads();
     finish_outputs(linear, BITS, int64_t{blockIdx.x} * kRows, kRows, threadIdx.x, blockDim.x, partials, warps,

@@ -27,6 +27,12 @@ struct FragmentC {
 #if defined(__CUDACC__)
 
 struct DeviceWarp {
+    // The index of the calling lane's warp in its block. Taken from lane 0, so that the compiler knows it to be the
+    // same for all lanes and what a warp loops over needs no care for lanes that leave early.
+    static __device__ __forceinline__ int index() {
+        return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kLanes, 0);
+    }
+
     template <class T>
     struct PerLane {
         T value;

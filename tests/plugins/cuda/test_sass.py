@@ -76,6 +76,7 @@ def test_instructions(unit: str, architecture: str, folder: Path) -> None:
         (instruction,) = (instruction for part, (instruction, _) in EXPECTED[unit].items() if part in name)
         assert instruction in code, name
         if "MMA" in instruction:
-            # A call in a product of integers is an instruction that this GPU does not have.
-            assert "CALL" not in code, name
+            # Something returns where a subroutine takes the place of an instruction that this GPU does not have. A CALL
+            # alone may be no more than a jump at which lanes wait for each other.
+            assert "RET" not in code, name
         assert "LDL" not in code, name

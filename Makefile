@@ -13,7 +13,7 @@ INPUTS       := pyproject.toml setup.py constraints.txt
 RUN_INSTALL  := $(VENV)/.installed-run
 TEST_INSTALL := $(VENV)/.installed-test
 
-.PHONY: help install demo test test-slow test-gpu test-hub lint format clean
+.PHONY: help install plugins demo test test-slow test-gpu test-hub lint format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ $(TEST_INSTALL): $(INPUTS) | $(BIN)/python
 	$(call install,dev$(,)gguf$(,)rtx)
 
 install: $(TEST_INSTALL) ## make .venv with everything for development
+
+plugins: | $(RUN_INSTALL) ## compile the C++ packer and, where nvcc is found, the CUDA kernels to build/plugins
+	$(BIN)/python -m planish.plugins.cuda_build build/plugins/libplanish_kernels.so
 
 # A bundle is written atomically, so the model file is there only when the compile is done.
 $(DEMO)/model.onnx: | $(RUN_INSTALL)

@@ -1,0 +1,34 @@
+// What lets one header compile for the GPU and for the host.
+//
+// Everything that decides where a bit lies is written once, as functions marked PLANISH_HD. nvcc compiles them into the
+// kernels; a C++17 compiler compiles the same lines into the packer that Python calls and into unit tests that need no
+// GPU.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define PLANISH_HD __host__ __device__ __forceinline__
+#else
+#define PLANISH_HD inline
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define PLANISH_UNROLL _Pragma("unroll")
+#else
+#define PLANISH_UNROLL
+#endif
+
+namespace planish {
+
+// Four words that a lane reads or writes as one: the widest access a GPU has.
+struct alignas(16) Quad {
+    uint32_t word[4];
+};
+
+template <class Integer>
+PLANISH_HD constexpr Integer ceil_div(Integer n, Integer divisor) {
+    return (n + divisor - 1) / divisor;
+}
+
+}  // namespace planish

@@ -1,0 +1,132 @@
+// One token on its way into a low-bit linear: residual addition, RMSNorm, transform, codes. One block, one row.
+//
+//     h = x + residual                        stored as the next residual, and read back as it was rounded
+//     u = h / sqrt(mean(h^2) + epsilon) * gain
+//     v = u P                                 apply_factors.cuh
+//     scale = max(clip * max|v| / (2^(bits-1) - 1), 1e-10)
+//     code = clamp(round(v / scale), -2^(bits-1), 2^(bits-1) - 1) + 2^(bits-1)
+//
+// The last two lines are those of PlanishQuantizeActivation, operation by operation, so that without a transform the
+// codes and scales are equal to its. A permutation puts channels into the order of the weights; high-impact channels
+// come first and have a scale and bits of their own.
+//
+// Bytes: x once, codes once, one byte per channel; factors from L2. Everything between is in shared memory.
+#pragma once
+
+#include "apply_factors.cuh"
+#include "fragments.cuh"
+#include "zero_points.cuh"
+
+namespace planish {
+
+// A run of channels, in stored order, that share a scale.
+struct CodeSegment {
+    int channels;
+    int padded;    // bytes that they take in the stored row
+    int bits;      // 2 .. 8
+    float factor;  // clip / (2^(bits-1) - 1), a float32 quotient
+};
+
+constexpr int kMaxSegments = 2;
+
+// The scale of a token of zeros; see plugins/ops/quantize_activation.py.
+constexpr float kSmallestScale = 1e-10f;
+
+struct RowQuantization {
+    int channels;
+    const float* gain;  // [channels]; null leaves out the norm
+    float epsilon;
+    Factors factors;
+    const int32_t* permutation;  // [channels]: stored channel i is channel permutation[i]; null leaves them in order
+    CodeSegment segments[kMaxSegments];
+    int segment_count;
+};
+
+// What one token gives: `codes` is the whole stored row, a multiple of 8 bytes, the others are one per segment.
+struct RowOutput {
+    uint8_t* codes;
+    float* scales;
+    TokenSum* sums;
+};
+
+PLANISH_HD float divide(float x, float y) {
+#if defined(__CUDA_ARCH__)
+    return __fdiv_rn(x, y);
+#else
+    return x / y;
+#endif
+}
+
+template <class Block>
+PLANISH_HD void normalise_row(const RowQuantization& task, float* row, Block& block) {
+    typename Block::template PerThread<float> squares;
+    block.each([&](int thread) {
+        float sum = 0;
+        for (int i = thread; i < task.channels; i += block.threads()) sum += row[i] * row[i];
+        squares[thread] = sum;
+    });
+    const float mean = divide(block.total(squares), static_cast<float>(task.channels));
+    const float inverse = divide(1.0f, sqrtf(mean + task.epsilon));
+    block.each([&](int thread) {
+        for (int i = thread; i < task.channels; i += block.threads()) row[i] = row[i] * inverse * task.gain[i];
+    });
+}
+
+template <class Block>
+PLANISH_HD void quantize_segment(const CodeSegment& segment, const int32_t* order, int first, const float* row,
+                                 uint8_t* codes, float* scale_out, TokenSum* sum_out, Block& block) {
+    const auto value = [&](int i) { return row[order ? order[first + i] : first + i]; };
+    typename Block::template PerThread<float> magnitudes;
+    block.each([&](int thread) {
+        float most = 0;
+        for (int i = thread; i < segment.channels; i += block.threads()) most = fmaxf(most, fabsf(value(i)));
+        magnitudes[thread] = most;
+    });
+    const float scale = fmaxf(block.largest(magnitudes) * segment.factor, kSmallestScale);
+    const int32_t zero = zero_point(segment.bits);
+    typename Block::template PerThread<int32_t> sums;
+    block.each([&](int thread) {
+        int32_t sum = 0;
+        // Eight channels at a time, which fragments.cuh sorts among themselves.
+        for (int octet = thread; octet < segment.padded / 8; octet += block.threads()) {
+            uint64_t stored = 0;
+            PLANISH_UNROLL
+            for (int i = 0; i < 8; ++i) {
+                const int channel = 8 * octet + i;
+                int32_t code = zero;
+                if (channel < segment.channels) {
+                    const float rounded = rintf(divide(value(channel), scale));
+                    code += static_cast<int32_t>(
+                        fminf(fmaxf(rounded, static_cast<float>(-zero)), static_cast<float>(zero - 1)));
+                }
+                sum += code;
+                stored |= static_cast<uint64_t>(code) << 8 * u8_position(i);
+            }
+            reinterpret_cast<uint64_t*>(codes)[octet] = stored;
+        }
+        sums[thread] = sum;
+    });
+    const int32_t sum = block.total(sums);
+    block.each([&](int thread) {
+        if (thread != 0) return;
+        *scale_out = scale;
+        *sum_out = {zero, sum};
+    });
+}
+
+// `row` is shared memory that holds the token, float32 [channels]; VALUES as in apply_factor.
+template <int VALUES, class Block>
+PLANISH_HD void quantize_row(const RowQuantization& task, float* row, const RowOutput& out, Block& block) {
+    if (task.gain) normalise_row(task, row, block);
+    if (task.factors.right) apply_factor<VALUES, false>(task.factors, row, block);
+    if (task.factors.left) apply_factor<VALUES, true>(task.factors, row, block);
+    int first = 0;
+    uint8_t* codes = out.codes;
+    for (int s = 0; s < task.segment_count; ++s) {
+        quantize_segment(task.segments[s], task.permutation, first, row, codes, out.scales + s, out.sums + s, block);
+        first += task.segments[s].channels;
+        codes += task.segments[s].padded;
+    }
+}
+
+}  // namespace planish

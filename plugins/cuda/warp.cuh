@@ -1,0 +1,113 @@
+// A warp, on the GPU or emulated: the code of a kernel is written once, for the lanes of either.
+//
+// What lanes do on their own is a lambda given to `each`, and what they keep in registers a `PerLane`. What they do
+// together is an MMA. On the GPU both cost nothing: `each` runs the lambda for the calling lane and `PerLane` is one
+// value. HostWarp runs the lambda 32 times and multiplies by the fragment maps of the PTX ISA, one lane after the
+// other.
+//
+// Both codes of an MMA are unsigned; the accumulator is int32, and D = A B + D.
+#pragma once
+
+#include "fragments.cuh"
+
+namespace planish {
+
+struct FragmentA {
+    uint32_t reg[4];
+};
+
+struct FragmentB {
+    uint32_t reg[2];
+};
+
+struct FragmentC {
+    int32_t reg[4];
+};
+
+#if defined(__CUDACC__)
+
+struct DeviceWarp {
+    // The index of the calling lane's warp in its block. Taken from lane 0, so that the compiler knows it to be the
+    // same for all lanes and what a warp loops over needs no care for lanes that leave early.
+    static __device__ __forceinline__ int index() {
+        return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kLanes, 0);
+    }
+
+    template <class T>
+    struct PerLane {
+        T value;
+        __device__ __forceinline__ T& operator[](int) { return value; }
+        __device__ __forceinline__ const T& operator[](int) const { return value; }
+    };
+
+    template <class Function>
+    static __device__ __forceinline__ void each(Function function) {
+        function(static_cast<int>(threadIdx.x) % kLanes);
+    }
+
+    // m16n8k32, native from sm_80 on to sm_121.
+    static __device__ __forceinline__ void mma_u8(PerLane<FragmentC>& c, const PerLane<FragmentA>& a,
+                                                  const PerLane<FragmentB>& b) {
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+r"(c.value.reg[0]), "+r"(c.value.reg[1]), "+r"(c.value.reg[2]), "+r"(c.value.reg[3])
+            : "r"(a.value.reg[0]), "r"(a.value.reg[1]), "r"(a.value.reg[2]), "r"(a.value.reg[3]), "r"(b.value.reg[0]),
+              "r"(b.value.reg[1]));
+    }
+};
+
+#endif  // __CUDACC__
+
+struct HostWarp {
+    template <class T>
+    struct PerLane {
+        T values[kLanes];
+        T& operator[](int lane) { return values[lane]; }
+        const T& operator[](int lane) const { return values[lane]; }
+    };
+
+    template <class Function>
+    static void each(Function function) {
+        for (int lane = 0; lane < kLanes; ++lane) function(lane);
+    }
+
+    static void mma_u8(PerLane<FragmentC>& c, const PerLane<FragmentA>& a, const PerLane<FragmentB>& b) {
+        multiply<4>(c, a, b);
+    }
+
+    // m16n8k64.
+    static void mma_u4(PerLane<FragmentC>& c, const PerLane<FragmentA>& a, const PerLane<FragmentB>& b) {
+        multiply<8>(c, a, b);
+    }
+
+  private:
+    // FIELDS elements to a register: gather both operands as matrices, multiply, and hand the sums out to the lanes.
+    template <int FIELDS>
+    static void multiply(PerLane<FragmentC>& c, const PerLane<FragmentA>& a, const PerLane<FragmentB>& b) {
+        constexpr int kWidth = 32 / FIELDS;
+        constexpr uint32_t kMask = (1u << kWidth) - 1;
+        int32_t left[kTileRows][8 * FIELDS], right[kTileTokens][8 * FIELDS];
+        for (int lane = 0; lane < kLanes; ++lane) {
+            for (int field = 0; field < FIELDS; ++field) {
+                for (int reg = 0; reg < 4; ++reg) {
+                    const Place at = a_place<FIELDS>(lane, reg, field);
+                    left[at.row][at.k] = static_cast<int32_t>(a[lane].reg[reg] >> field * kWidth & kMask);
+                }
+                for (int reg = 0; reg < 2; ++reg) {
+                    const Place at = b_place<FIELDS>(lane, reg, field);
+                    right[at.row][at.k] = static_cast<int32_t>(b[lane].reg[reg] >> field * kWidth & kMask);
+                }
+            }
+        }
+        for (int lane = 0; lane < kLanes; ++lane) {
+            for (int reg = 0; reg < 4; ++reg) {
+                const int32_t* x = left[c_row(lane, reg)];
+                const int32_t* y = right[c_token(lane, reg)];
+                int32_t sum = 0;
+                for (int k = 0; k < 8 * FIELDS; ++k) sum += x[k] * y[k];
+                c[lane].reg[reg] += sum;
+            }
+        }
+    }
+};
+
+}  // namespace planish

@@ -1,0 +1,82 @@
+"""What nvcc makes of the kernels: the instructions that are meant, nothing emulated, nothing spilled.
+
+Needs nvcc, cuobjdump and nvdisasm (docs/kernels.md), and no GPU.
+"""
+
+import functools
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from planish.plugins.cuda_build import build_cubin, find_tool
+
+TOOLS = ("nvcc", "cuobjdump", "nvdisasm")
+MISSING = [tool for tool in TOOLS if find_tool(tool) is None]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"not found: {', '.join(MISSING)}; see docs/kernels.md"),
+]
+
+#: Ampere and Hopper: the oldest instruction set that is supported, and one where a 4-bit MMA would be emulated.
+ARCHITECTURES = ("80", "90a")
+
+#: Unit -> kernel (part of its name) -> (instruction that it must have, registers at most).
+EXPECTED = {
+    "small_linear": {"small_dot": ("IDP.4A.U8.U8", 64), "small_mma": ("IMMA.16832.U8.U8", 128)},
+    "large_linear": {"large": ("IMMA.16832.U8.U8", 255)},
+    "quantize_tokens": {"quantize": ("FFMA", 64)},
+}
+
+
+@functools.cache
+def cubin(unit: str, architecture: str, folder: Path) -> Path:
+    return build_cubin(unit, architecture, folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cubins")
+
+
+def run(tool: str, *arguments: object) -> str:
+    command = [str(find_tool(tool)), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def kernels(text: str, start: str) -> dict[str, str]:
+    """Return kernel name -> its part of a listing whose parts begin with the pattern `start`."""
+    pieces = re.split(start, text)[1:]
+    return dict(zip(pieces[::2], pieces[1::2], strict=True))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("unit", EXPECTED)
+def test_registers_and_spills(unit: str, architecture: str, folder: Path) -> None:
+    usage = run("cuobjdump", "--dump-resource-usage", cubin(unit, architecture, folder))
+    found = kernels(usage, r"Function (\w+):")
+    assert found
+    for name, figures in found.items():
+        (limit,) = (limit for part, (_, limit) in EXPECTED[unit].items() if part in name)
+        registers = int(re.search(r"REG:(\d+)", figures)[1])
+        assert registers <= limit, name
+        # Spills and arrays that were not unrolled into registers both lie in local memory.
+        assert "LOCAL:0" in figures, name
+        assert "STACK:0" in figures, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("unit", EXPECTED)
+def test_instructions(unit: str, architecture: str, folder: Path) -> None:
+    found = kernels(run("nvdisasm", "-c", cubin(unit, architecture, folder)), r"\.text\.(\w+):")
+    assert found
+    for name, code in found.items():
+        (instruction,) = (instruction for part, (instruction, _) in EXPECTED[unit].items() if part in name)
+        assert instruction in code, name
+        if "MMA" in instruction:
+            # Something returns where a subroutine takes the place of an instruction that this GPU does not have. A CALL
+            # alone may be no more than a jump at which lanes wait for each other.
+            assert "RET" not in code, name
+        assert "LDL" not in code, name

@@ -37,6 +37,9 @@ from planish.passes.scheme import LinearFormat
 
 SCORES = get_args(Score)
 
+#: By block and group, its weights on the grid.
+Lows = Sequence[Mapping[str, Tensor]]
+
 
 class Model:
     """The float model on some windows of text, any of its weights replaced.
@@ -76,22 +79,27 @@ class Model:
         return float(torch.stack(losses).mean())
 
 
-def rounded(block: Block, chosen: Mapping[str, Tensor], axis: Axis, form: LinearFormat) -> Block:
-    """Return a block with the `chosen` channels of each group on the grid of `form`."""
+def rounded_groups(block: Block, form: LinearFormat) -> dict[str, Tensor]:
+    """Return the weights of each group, one below the other, on the grid of `form`."""
+    wholes = {group: torch.cat([block.weight(module) for module in modules]) for group, modules in BY_SITE.items()}
+    return {group: dequantize_weight(quantize_weight(whole, form)) for group, whole in wholes.items()}
+
+
+def mixed(block: Block, low: Mapping[str, Tensor], chosen: Mapping[str, Tensor], axis: Axis) -> Block:
+    """Return a block with the `chosen` channels of some groups taken from `low`."""
     tensors = dict(block.tensors)
     for group, channels in chosen.items():
         modules = BY_SITE[group]
-        whole = torch.cat([block.weight(module) for module in modules])
         index = (slice(None), channels) if axis == "in" else channels
-        mixed = whole.clone()
-        mixed[index] = dequantize_weight(quantize_weight(whole, form))[index]
-        parts = mixed.split([len(block.weight(module)) for module in modules])
+        whole = torch.cat([block.weight(module) for module in modules])
+        whole[index] = low[group][index]
+        parts = whole.split([len(block.weight(module)) for module in modules])
         tensors |= {f"{module}.weight": part for module, part in zip(modules, parts, strict=True)}
     return dataclasses.replace(block, tensors=tensors)
 
 
 def increase_of_some_channels(
-    model: Model, sensitivity: Sequence[BlockSensitivity], axis: Axis, share: float, form: LinearFormat
+    model: Model, low: Lows, sensitivity: Sequence[BlockSensitivity], axis: Axis, share: float
 ) -> dict[str, float]:
     """Return how much the loss rises with the top, random or bottom channels of every group rounded."""
     generator = torch.Generator().manual_seed(0)
@@ -106,7 +114,7 @@ def increase_of_some_channels(
                     order = torch.randperm(len(order), generator=generator)
                 count = round(share * len(order))
                 chosen[group] = order[-count:] if which == "bottom" else order[:count]
-            replaced[layer] = rounded(block, chosen, axis, form)
+            replaced[layer] = mixed(block, low[layer], chosen, axis)
         return model.loss_with(replaced) - model.loss
 
     found = {f"{which} by {score}": loss(which, score) for score in SCORES for which in ("top", "bottom")}
@@ -114,7 +122,7 @@ def increase_of_some_channels(
 
 
 def increase_of_groups(
-    model: Model, sensitivity: Sequence[BlockSensitivity], layers: Sequence[int], form: LinearFormat
+    model: Model, low: Lows, sensitivity: Sequence[BlockSensitivity], layers: Sequence[int]
 ) -> list[dict[str, float | str | int]]:
     """Return how much the loss rises with one group of one block rounded, and what each score says of it."""
     rows = []
@@ -122,8 +130,8 @@ def increase_of_groups(
         block = model.blocks[layer]
         for group, modules in BY_SITE.items():
             whole = torch.cat([block.weight(module) for module in modules])
-            replaced = rounded(block, {group: torch.arange(whole.shape[1])}, "in", form)
-            lost = (dequantize_weight(quantize_weight(whole, form)) - whole).square().sum()
+            replaced = mixed(block, low[layer], {group: torch.arange(whole.shape[1])}, "in")
+            lost = (low[layer][group] - whole).square().sum()
             scores = {
                 score: sum(float(sensitivity[layer].scores[module][score]["in"].sum()) for module in modules)
                 for score in SCORES
@@ -155,10 +163,10 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--axis", choices=get_args(Axis), default="in")
     parser.add_argument("--share", type=float, default=0.1, help="of the channels, to round at a time")
-    parser.add_argument("--nsamples", type=int, default=8)
+    parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--blocks", type=int, default=10, help="in how many blocks groups are rounded one at a time")
+    parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--blocks", type=int, default=8, help="in how many blocks groups are rounded one at a time")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     checkpoint, form = open_checkpoint(arguments.model), LinearFormat(arguments.bits, 16)
@@ -170,9 +178,10 @@ def main() -> None:
         sensitivity = measure_sensitivity(checkpoint, tokens, form, Path(folder), progress)
     with torch.no_grad(), fast_products():
         model = Model(checkpoint, torch.from_numpy(windows))
-        some = increase_of_some_channels(model, sensitivity, arguments.axis, arguments.share, form)
+        low = [rounded_groups(block, form) for block in model.blocks]
+        some = increase_of_some_channels(model, low, sensitivity, arguments.axis, arguments.share)
         layers = np.linspace(0, len(model.blocks) - 1, arguments.blocks).round().astype(int).tolist()
-        groups = increase_of_groups(model, sensitivity, layers, form)
+        groups = increase_of_groups(model, low, sensitivity, layers)
     table = Table("channels rounded", "loss increase", title=f"float loss {model.loss:.4f}")
     for name, increase in some.items():
         table.add_row(name, f"{increase:+.4f}")

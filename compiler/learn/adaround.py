@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from planish.compiler.learn.row_errors import BestRows, damped, row_errors
-from planish.compiler.quantize.arithmetic import QuantizedWeight, dequantize_weight
+from planish.compiler.quantize.arithmetic import QuantizedWeight
 
 __all__ = ["Beside", "adaround"]
 
@@ -22,8 +22,8 @@ _ZETA, _GAMMA = 1.1, -0.1
 _BETA_FIRST, _BETA_LAST = 20.0, 2.0
 #: Share of the steps without regulariser.
 _WARM_UP = 0.2
-#: What one undecided weight costs, relative to the mean error of a weight of its row at the start.
-_UNDECIDED = 0.05
+#: What one undecided weight costs, relative to the mean error of one that is rounded at random.
+_UNDECIDED = 5.0
 _STEPS, _RATE = 1000, 1e-2
 #: How often the weights as decided so far are looked at.
 _LOOKS = 10
@@ -83,8 +83,8 @@ def adaround(
     scale = start.scale.T.repeat_interleave(start.group, 1)[:, : weight.shape[1]]
     zero = 1 << start.bits - 1
     down = (aim / scale).floor()
-    unit = row_errors(aim - dequantize_weight(start), H) / weight.shape[1]
-    unit = unit.clamp_min(1e-30)
+    # What a weight of a row adds if its rounding errors are uniform and independent.
+    unit = (scale.square() * H.diagonal()).mean(1) / 12
     V = _logits(aim / scale - down).requires_grad_()
     optimizer = torch.optim.Adam([V], lr=_RATE)
     warm_up = round(_WARM_UP * steps)
@@ -97,7 +97,7 @@ def adaround(
             beta = _BETA_LAST + (_BETA_FIRST - _BETA_LAST) * (1 + math.cos(math.pi * done)) / 2
             loss = loss + _UNDECIDED * (1 - (2 * h - 1).abs().pow(beta)).sum()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if (step + 1) % max(1, steps // _LOOKS) == 0 or step + 1 == steps:
             codes = (down + (_share_up(V.detach()) >= 0.5)).clamp(-zero, zero - 1) + zero

@@ -242,7 +242,8 @@ class _Branches(FloatHooks):
         if index is None:
             self._products |= {(module, None): super(_Branches, self).linear(module, x) for module in modules}
             return
-        weights = self._weights[name, index].dequantize().split([len(self._block.weight(module)) for module in modules])
+        rows = [len(self._block.weight(module)) for module in modules]
+        weights = torch.split(self._weights[name, index].dequantize(), rows)
         for module, weight in zip(modules, weights, strict=True):
             bias = self._block.tensors.get(f"{module}.bias")
             self._products[module, index] = torch.nn.functional.linear(x, weight, bias)

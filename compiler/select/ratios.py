@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ __all__ = ["Shapes", "average_bits", "bit_budget", "choose_counts", "fixed_count
 Shapes = Mapping[str, tuple[int, int]]
 #: By group, how many of its channels are high.
 Counts = dict[str, int]
+_Number = TypeVar("_Number", np.int64, np.float64)
 
 #: Most choices of a block that are enumerated: 8 bytes each, several times over.
 _MOST_CHOICES = 10_000_000
@@ -144,7 +146,7 @@ class _Choices:
         return {name: counts[self.indices[name][choice]] for name, counts in self.tried.items()}
 
 
-def _along(values: npt.NDArray[np.generic], axes: tuple[int, ...], ndim: int) -> npt.NDArray[np.generic]:
+def _along(values: npt.NDArray[_Number], axes: tuple[int, ...], ndim: int) -> npt.NDArray[_Number]:
     """Return `values` with its dimensions at `axes` of `ndim`, in this order, and 1 elsewhere."""
     shape = [1] * ndim
     for axis, size in zip(axes, values.shape, strict=True):

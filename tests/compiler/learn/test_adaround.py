@@ -16,7 +16,11 @@ FORM = LinearFormat(3, 16)
 
 
 def test_close_to_the_best_of_all_roundings() -> None:
-    w, H = weights(10, 8), damped(moment(8, 0)).double()
+    generator = torch.Generator().manual_seed(7)
+    w = torch.randn(12, 8, generator=generator)
+    x = torch.randn(400, 2, generator=generator) @ torch.randn(2, 8, generator=generator)
+    x += 0.3 * torch.randn(400, 8, generator=generator)
+    H = damped(x.T @ x / 400).double()
     start = quantize_weight(w, FORM)
     found = error(w, dequantize_weight(adaround(w, start, H, H)), H)
     scale = start.scale.T
@@ -26,9 +30,9 @@ def test_close_to_the_best_of_all_roundings() -> None:
         for ups in itertools.product((0, 1), repeat=8)
     ]
     best, before = torch.stack(every).amin(0), error(w, dequantize_weight(start), H)
-    assert float(best.sum()) < 0.8 * float(before.sum())
+    assert float(best.sum()) < 0.5 * float(before.sum())
     assert (found >= best * (1 - 1e-5)).all()
-    assert float((before - found).sum()) > 0.8 * float((before - best).sum())
+    assert float((before - found).sum()) > 0.7 * float((before - best).sum())
 
 
 @pytest.mark.parametrize("group", [None, 16])

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
-from planish.compiler.learn.block import SITE_MODULES, Angles, Block, FloatHooks, read_block, run_block
+from planish.compiler.learn.block import Angles, Block, FloatHooks, read_block, run_block
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.progress import progress_for
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
@@ -185,7 +185,7 @@ def main() -> None:
     table = Table("channels rounded", "loss increase", title=f"float loss {model.loss:.4f}")
     for name, increase in some.items():
         table.add_row(name, f"{increase:+.4f}")
-    ranks = Table("score", "Spearman", "Kendall", title=f"{len(groups)} groups of {len(SITE_MODULES)} sites")
+    ranks = Table("score", "Spearman", "Kendall", title=f"{len(groups)} groups, one at a time")
     for name, found in correlations(groups).items():
         ranks.add_row(name, *(f"{value:+.2f}" for value in found.values()))
     for each in (table, ranks):

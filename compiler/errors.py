@@ -127,7 +127,7 @@ class CalibrationError(PlanishError):
 
 
 class SelectionError(PlanishError):
-    """A selection policy that cannot be read, or one that no choice of transforms fulfils."""
+    """A selection policy that cannot be read, or one that no choice of transforms or channels fulfils."""
 
     exit_code = 25
 

@@ -11,7 +11,20 @@ from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.passes.transforms import Site
 
-__all__ = ["MODULES", "SITE_MODULES", "Angles", "Block", "FloatHooks", "Hooks", "attend", "read_block", "run_block"]
+__all__ = [
+    "MODULES",
+    "SITE_MODULES",
+    "Angles",
+    "Block",
+    "FloatHooks",
+    "Flow",
+    "Hooks",
+    "attend",
+    "enter_block",
+    "read_block",
+    "run_block",
+    "run_site",
+]
 
 #: Site -> the linears that read it, by their names within a block.
 SITE_MODULES: dict[Site, tuple[str, ...]] = {
@@ -109,19 +122,48 @@ class FloatHooks:
 
 def run_block(config: LlamaConfig, hooks: Hooks, x: Tensor, angles: Angles) -> Tensor:
     """Return the output of a block, float32 like `x` [batch, seq, hidden], without padding or cache."""
-    h = _norm(x, hooks.gain("input_layernorm"), config.rms_norm_eps)
-    h = hooks.site("attn_in", h)
-    query, key, value = (
-        torch.unflatten(hooks.linear(module, h), -1, (-1, config.head_dim)).transpose(1, 2)
-        for module in SITE_MODULES["attn_in"]
-    )
-    query, key, value = hooks.heads(_rotate(query, angles), _rotate(key, angles), value)
-    h = hooks.site("attn_out", attend(query, key, value))
-    x = x + hooks.linear("self_attn.o_proj", h)
-    h = _norm(x, hooks.gain("post_attention_layernorm"), config.rms_norm_eps)
-    h = hooks.site("ffn_in", h)
-    hidden = torch.nn.functional.silu(hooks.linear("mlp.gate_proj", h)) * hooks.linear("mlp.up_proj", h)
-    return x + hooks.linear("mlp.down_proj", hooks.site("ffn_out", hidden))
+    flow = enter_block(config, hooks, x)
+    for site in SITE_MODULES:
+        flow = run_site(config, hooks, site, flow, angles)
+    return flow.residual
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """What flows between the sites of a block.
+
+    Attributes:
+        residual: the residual stream, float32 [batch, seq, hidden].
+        x: what comes to the next site, float32 [batch, seq, n].
+    """
+
+    residual: Tensor
+    x: Tensor
+
+
+def enter_block(config: LlamaConfig, hooks: Hooks, x: Tensor) -> Flow:
+    """Return what comes to `attn_in`, the first site, given the input of the block."""
+    return Flow(x, _norm(x, hooks.gain("input_layernorm"), config.rms_norm_eps))
+
+
+def run_site(config: LlamaConfig, hooks: Hooks, site: Site, flow: Flow, angles: Angles) -> Flow:
+    """Return what comes to the site behind `site`; behind the last one, `ffn_out`, the block's output, twice."""
+    x = hooks.site(site, flow.x)
+    if site == "attn_in":
+        query, key, value = (
+            torch.unflatten(hooks.linear(module, x), -1, (-1, config.head_dim)).transpose(1, 2)
+            for module in SITE_MODULES["attn_in"]
+        )
+        query, key, value = hooks.heads(_rotate(query, angles), _rotate(key, angles), value)
+        return Flow(flow.residual, attend(query, key, value))
+    if site == "attn_out":
+        residual = flow.residual + hooks.linear("self_attn.o_proj", x)
+        return Flow(residual, _norm(residual, hooks.gain("post_attention_layernorm"), config.rms_norm_eps))
+    if site == "ffn_in":
+        hidden = torch.nn.functional.silu(hooks.linear("mlp.gate_proj", x)) * hooks.linear("mlp.up_proj", x)
+        return Flow(flow.residual, hidden)
+    output = flow.residual + hooks.linear("mlp.down_proj", x)
+    return Flow(output, output)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -28,7 +28,15 @@ from planish.compiler.select.plan_file import load_transforms, save_transforms
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, LayerTransforms, Site, Transforms
 
-__all__ = ["embedding", "finite_outputs", "flatten_checkpoint", "held_out_sequences", "naming_block", "read_evidence"]
+__all__ = [
+    "embedding",
+    "finite_outputs",
+    "flatten_checkpoint",
+    "held_out_sequences",
+    "naming_block",
+    "read_evidence",
+    "run_finite",
+]
 
 _EVIDENCE = "evidence.json"
 _FEWEST = 4
@@ -125,17 +133,22 @@ def finite_outputs(block: Block, files: StreamFiles, angles: Angles, layer: int)
     Raises:
         CalibrationError: if that is not finite.
     """
+    return files.write_outputs(layer, lambda x: run_finite(block, x, angles, layer))
 
-    def run(x: Tensor) -> Tensor:
-        outputs = run_block(block.config, FloatHooks(block), x, angles)
-        if not outputs.isfinite().all():
-            raise CalibrationError(
-                f"Decoder block {layer} makes NaN or infinity of the calibration text. Check the checkpoint, or "
-                "calibrate on other text."
-            )
-        return outputs
 
-    return files.write_outputs(layer, run)
+def run_finite(block: Block, x: Tensor, angles: Angles, layer: int) -> Tensor:
+    """Return the output of the float block for `x` [batch, seq, hidden].
+
+    Raises:
+        CalibrationError: if that is not finite.
+    """
+    outputs = run_block(block.config, FloatHooks(block), x, angles)
+    if not outputs.isfinite().all():
+        raise CalibrationError(
+            f"Decoder block {layer} makes NaN or infinity of the calibration text. Check the checkpoint, or calibrate "
+            "on other text."
+        )
+    return outputs
 
 
 @contextlib.contextmanager

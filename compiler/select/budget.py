@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from planish.compiler.errors import SelectionError
 
-__all__ = ["Candidate", "choose"]
+__all__ = ["Candidate", "choose", "unbeaten"]
 
 _Costs = npt.NDArray[np.int64]
 _Errors = npt.NDArray[np.float64]
@@ -51,11 +51,21 @@ class _Frontier:
 
     @classmethod
     def of(cls, costs: _Costs, errors: _Errors) -> "_Frontier":
-        order = np.lexsort((errors, costs))
-        sorted_errors = errors[order]
-        best_before = np.concatenate([[np.inf], np.minimum.accumulate(sorted_errors)[:-1]])
-        kept = order[sorted_errors < best_before]
+        kept = unbeaten(costs, errors)
         return cls(costs[kept], errors[kept], kept)
+
+
+def unbeaten(costs: _Costs, errors: _Errors) -> npt.NDArray[np.int64]:
+    """Return which options no other beats in cost and error at once, by ascending cost; of equal ones the first.
+
+    Args:
+        costs: int64 [n].
+        errors: float64 [n].
+    """
+    order = np.lexsort((errors, costs))
+    sorted_errors = errors[order]
+    best_before = np.concatenate([[np.inf], np.minimum.accumulate(sorted_errors)[:-1]])
+    return order[sorted_errors < best_before]
 
 
 def choose(candidates: Sequence[Sequence[Candidate]], budget: int) -> tuple[int, ...]:

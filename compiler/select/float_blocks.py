@@ -26,7 +26,7 @@ def visit_float_blocks(
     token_ids: npt.NDArray[np.int64],
     folder: Path,
     name: str,
-    visit: Callable[[Block, Streams, Sequences], Any],
+    visit: Callable[[int, Block, Streams, Sequences], Any],
     progress: Callable[[int, int], None],
     device: torch.device | None = None,
 ) -> list[Any]:
@@ -37,7 +37,8 @@ def visit_float_blocks(
         token_ids: calibration sequences, int64 [sequences, seq]; an eighth of them is held out.
         folder: keeps <name>-<layer>.json for every block, and the inputs of the newest one in <name>/.
         name: of what is looked for.
-        visit: (block, its inputs, its outputs) -> something JSON can hold. Both streams are the float model's.
+        visit: (number of the block, block, inputs, outputs) -> something JSON can hold. Both streams are the float
+            model's.
         progress: (blocks done, blocks in all).
         device: where a block and its inputs are; None is the CPU.
 
@@ -58,7 +59,7 @@ def visit_float_blocks(
                 outputs = finite_outputs(block, files, angles, layer)
                 if not path.exists():
                     with naming_block(layer):
-                        write_json(path, visit(block, streams, outputs))
+                        write_json(path, visit(layer, block, streams, outputs))
                 files.advance(layer, lambda x: x)
             found.append(json.loads(path.read_text(encoding="utf-8")))
             progress(layer + 1, config.num_hidden_layers)

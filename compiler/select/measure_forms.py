@@ -67,7 +67,7 @@ def measure_forms(
     """
     angles = Angles.of(checkpoint.config, token_ids.shape[1], device)
 
-    def visit(block: Block, streams: Streams, outputs: Sequences) -> dict[str, Any]:
+    def visit(_: int, block: Block, streams: Streams, outputs: Sequences) -> dict[str, Any]:
         return dataclasses.asdict(_measure_block(block, streams, outputs, angles, scheme))
 
     found = visit_float_blocks(

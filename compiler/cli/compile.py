@@ -28,6 +28,10 @@ def run_compile(
     plan: Annotated[
         Path | None, typer.Option(help="A plan.json, made or edited, to take the transforms from instead of choosing.")
     ] = None,
+    high_impact: Annotated[
+        Path | None,
+        typer.Option(help="A bundle or folder with a plan.safetensors whose high-impact channels keep more bits."),
+    ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Calibration text: a .txt or .jsonl file, a Hub data set, or self. [self]")
     ] = None,
@@ -71,6 +75,7 @@ def run_compile(
                 lm_head=lm_head,
                 select=select,
                 plan=plan,
+                high_impact=high_impact,
                 dataset=dataset,
                 nsamples=nsamples,
                 seqlen=seqlen,

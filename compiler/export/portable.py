@@ -36,7 +36,8 @@ def portable_model(
     def cache_clip(layer: int, site: Site) -> float:
         return 1.0 if transforms is None else transforms.layers[layer].clip(site)
 
-    quantize_linears = QuantizeLinearsPass(scheme, codes, *([] if transforms is None else [transforms.clip]))
+    grids = () if transforms is None else (transforms.clip, transforms.high)
+    quantize_linears = QuantizeLinearsPass(scheme, codes, *grids)
     passes = [
         *([] if transforms is None else flatten_passes(transforms)),
         MergeLinearsPass(),

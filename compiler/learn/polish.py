@@ -254,7 +254,7 @@ class _PolishedHooks(LowBitHooks):
             scale = before[site].scale
             changed[site] = dataclasses.replace(before[site], scale=gain if scale is None else scale * gain)
         clips = {**before.clips, **{site: float(self.learned[site].detach().sigmoid()) for site in self._bits}}
-        return dataclasses.replace(before, **changed, clips=clips)
+        return dataclasses.replace(before, **changed, clips=clips, high=before.high)
 
     def _clip(self, site: Site) -> Tensor:
         return self.learned[site].sigmoid() if site in self._bits else torch.tensor(self._rest[site])

@@ -19,6 +19,7 @@ from planish.compiler.checkpoint.first_layers import open_first_layers
 from planish.compiler.export.float_model import save_model
 from planish.compiler.export.portable import portable_model
 from planish.compiler.pipeline.flatten import Flattening, check_calibration, flatten
+from planish.compiler.pipeline.high_impact import high_impact_fingerprint, read_high_impact, untransformed
 from planish.compiler.pipeline.plan import make_plan
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.pipeline.report import write_report
@@ -31,8 +32,10 @@ from planish.compiler.select.choose_forms import forms_of_plan
 from planish.compiler.select.plan_file import save_transforms
 from planish.compiler.verify.passes import PassDrift, verify_flattening
 from planish.compiler.verify.verification import verify
+from planish.passes.high_impact import HighImpactOf
 from planish.passes.quantize_linears import LM_HEAD
 from planish.passes.scheme import Scheme
+from planish.passes.transforms import HighImpacts
 
 __all__ = ["compile_model", "compile_recipe"]
 
@@ -56,6 +59,7 @@ def compile_model(
     lm_head: str | None = None,
     select: str | None = None,
     plan: str | Path | None = None,
+    high_impact: str | Path | None = None,
     dataset: str | None = None,
     nsamples: int | None = None,
     seqlen: int | None = None,
@@ -85,6 +89,7 @@ def compile_model(
         lm_head: as all further settings, see `Recipe`.
         select: see `Recipe`.
         plan: see `Recipe`.
+        high_impact: see `Recipe`.
         dataset: see `Recipe`.
         nsamples: see `Recipe`.
         seqlen: see `Recipe`.
@@ -115,6 +120,7 @@ def compile_model(
         lm_head=lm_head,
         select=select,
         plan=None if plan is None else str(plan),
+        high_impact=None if high_impact is None else str(high_impact),
         dataset=dataset,
         nsamples=nsamples,
         seqlen=seqlen,
@@ -152,9 +158,12 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
         settings["calibration"] = calibration.fingerprint()
     if policy.plan is not None:
         settings["plan"] = [each.forms for each in forms_of_plan(policy.plan, checkpoint)]
+    high = read_high_impact(recipe, checkpoint, scheme)
+    if high:
+        settings["high_impact"] = high_impact_fingerprint(high)
     with WorkFolder.hold(out, settings, progress) as work, clear_errors(out):
         check_space(work.path, _bytes_needed(checkpoint, scheme, recipe))
-        _Compile(checkpoint, scheme, recipe, calibration, work, progress).run()
+        _Compile(checkpoint, scheme, recipe, calibration, high, work, progress).run()
         work.publish()
     return Bundle.open(out, verify=False)
 
@@ -167,6 +176,7 @@ class _Compile:
     scheme: Scheme
     recipe: Recipe
     calibration: CalibrationSettings
+    high: HighImpacts
     work: WorkFolder
     progress: Progress
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -177,17 +187,20 @@ class _Compile:
         bundle, targets = self.work.bundle, self.recipe.targets
         self.checkpoint.write_sidecars(bundle)
         # The graph first: what it cannot express is refused before the long work, and its weights are read when saved.
-        codes = CodesOnDisk(self.work.codes, self.checkpoint, self.scheme)
-        model, left_float = portable_model(self.checkpoint, self.scheme, codes)
-        flattening = self._timed("flatten", lambda: self._flatten(codes))
-        checkpoint, transforms, rounded, rounded_codes = self.checkpoint, None, self.checkpoint, codes
+        untouched = untransformed(self.checkpoint.config).with_high(self.high)
+        nearest = CodesOnDisk(self.work.codes, self.checkpoint, self.scheme, untouched.high)
+        transforms = untouched if self.high else None
+        model, left_float = portable_model(self.checkpoint, self.scheme, nearest, transforms)
+        flattening = self._timed("flatten", self._flatten)
+        checkpoint, codes, rounded, rounded_codes = self.checkpoint, nearest, self.checkpoint, nearest
         if flattening is not None:
-            checkpoint, transforms = flattening.checkpoint, flattening.transforms
+            checkpoint, transforms, codes = flattening.checkpoint, flattening.transforms, flattening.codes
             rounded, rounded_codes = flattening.rounded
             model, left_float = portable_model(self.checkpoint, self.scheme, codes, transforms)
-        self._timed("quantise", self._quantize)
-        if rounded_codes is not codes and not self.scheme.lm_head.is_float:
-            rounded_codes.share(LM_HEAD, codes)
+        self._timed("quantise", lambda: self._quantize(untouched.high))
+        if not self.scheme.lm_head.is_float:
+            for each in (codes, rounded_codes):
+                each.share(LM_HEAD, nearest)
         self._stage("portable model", bundle, lambda: save_model(model, bundle, self._steps("portable model")))
         for target in targets:
             self._stage(f"lower to {target}", engine_folder(bundle, target), partial(self._lower, target))
@@ -202,14 +215,15 @@ class _Compile:
         )
         if flattening is not None:
             plan["transforms"] = flattening.plan
-            save_transforms(flattening.transforms, bundle)
+        if transforms is not None:
+            save_transforms(transforms, bundle)
         write_json(bundle / PLAN_FILE, plan)
         self._repeatable_recipe().write(bundle / RECIPE_FILE)
         manifest = self._manifest()
         write_report(Bundle(bundle, manifest), plan, verification, self.drifts, self.seconds)
         manifest.write(bundle)
 
-    def _flatten(self, codes: CodesOnDisk) -> Flattening | None:
+    def _flatten(self) -> Flattening | None:
         policy = self.recipe.parsed_policy()
         if policy.name == "none":
             return None
@@ -222,7 +236,8 @@ class _Compile:
             self.recipe.refine,
             self._polish_epochs(),
             self.work.flatten,
-            codes,
+            CodesOnDisk(self.work.codes, self.checkpoint, self.scheme),
+            self.high,
             self.progress,
         )
         if self.recipe.verify_passes:
@@ -232,6 +247,9 @@ class _Compile:
 
     def _polish_epochs(self) -> int:
         """Return how long to polish; None in the recipe is as long as it pays, if the model fits into memory."""
+        if self.high:
+            self.progress.say("not polished: the model has high-impact channels")
+            return 0
         if self.recipe.polish is not None:
             return self.recipe.polish
         names = (name for name in self.checkpoint.names() if name.endswith("_proj.weight"))
@@ -241,11 +259,11 @@ class _Compile:
             return 0
         return _POLISH_EPOCHS
 
-    def _quantize(self) -> None:
+    def _quantize(self, high: HighImpactOf) -> None:
         def step(_: str, done: int, total: int) -> None:
             self.progress.step("quantise", done, total)
 
-        quantize_checkpoint(self.checkpoint, self.scheme, self.work.codes, step)
+        quantize_checkpoint(self.checkpoint, self.scheme, self.work.codes, step, high)
 
     def _lower(self, target: str) -> None:
         lower(target, self.work.bundle, self.recipe, self.checkpoint.config.max_context, self.progress)
@@ -272,7 +290,7 @@ class _Compile:
 
     def _repeatable_recipe(self) -> Recipe:
         """Return the recipe with paths that hold from any folder."""
-        given = {name: getattr(self.recipe, name) for name in ("model", "dataset", "plan")}
+        given = {name: getattr(self.recipe, name) for name in ("model", "dataset", "plan", "high_impact")}
         paths = {name: str(Path(path).resolve()) for name, path in given.items() if path and Path(path).exists()}
         return self.recipe.model_copy(update=paths)
 

@@ -18,17 +18,17 @@ from planish.compiler.learn.refine import Refinement
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.transformed import TransformedCheckpoint
 from planish.compiler.progress import Progress
-from planish.compiler.quantize.codes import CodesOnDisk
+from planish.compiler.quantize.codes import CodesOnDisk, round_in_segments
 from planish.compiler.select.choose_forms import choose_forms
 from planish.compiler.select.forms import online_flops
 from planish.compiler.select.policy import SelectionPolicy
-from planish.compiler.select.site_choice import SiteChoice, transforms_entry
+from planish.compiler.select.site_choice import HighChoice, SiteChoice, transforms_entry
 from planish.passes.scheme import Scheme
-from planish.passes.transforms import SITES, Transforms
+from planish.passes.transforms import SITES, HighImpacts, Site, Transforms
 
 __all__ = ["Flattening", "calibration_on_disk", "check_calibration", "flatten"]
 
-_TOKENS, _CODES = "calibration.npy", "codes"
+_TOKENS, _CODES, _SEGMENTS = "calibration.npy", "codes", "segments"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Flattening:
         checkpoint: the checkpoint with everything folded that folds.
         transforms: what runs online, and the clips.
         plan: the `transforms` entry of plan.json.
+        codes: of the decoder blocks.
         rounded: the checkpoint as it was when its weights were rounded, and their codes: polishing moves gains and the
             scales of codes afterwards.
     """
@@ -46,6 +47,7 @@ class Flattening:
     checkpoint: TransformedCheckpoint
     transforms: Transforms
     plan: dict[str, Any]
+    codes: CodesOnDisk
     rounded: tuple[Checkpoint, CodesOnDisk]
 
 
@@ -67,11 +69,13 @@ def flatten(
     polish_epochs: int,
     folder: Path,
     codes: CodesOnDisk,
+    high: HighImpacts,
     progress: Progress,
 ) -> Flattening:
     """Flatten `checkpoint` for `scheme`, working in `folder`; refine each block and polish the whole for some epochs.
 
-    See `flatten_checkpoint` and `polish` for what a killed run keeps.
+    See `flatten_checkpoint` and `polish` for what a killed run keeps. Linears with high-impact channels are rounded to
+    nearest, in segments; with any, nothing can be polished.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rounded = codes
@@ -91,6 +95,7 @@ def flatten(
         refinement=Refinement(epochs=refine_epochs, seed=settings.seed) if refine_epochs else None,
         progress=lambda done, total: progress.step("flatten", done, total),
     )
+    transforms = transforms.with_high(high)
     measured = read_evidence(folder, len(chosen))
     choices = [
         SiteChoice(
@@ -101,17 +106,27 @@ def flatten(
             cost_flops=online_flops(site, transforms.layers[layer][site], checkpoint.config),
             error=measured[layer].get(site, {}).get("error"),
             evidence={**each.evidence.get(site, {}), **measured[layer].get(site, {})},
+            high=_high_choice(transforms, layer, site),
         )
         for layer, each in enumerate(chosen)
         for site in SITES
     ]
     entry = transforms_entry(choices, policy, checkpoint.config, checkpoint.fingerprint())
+    if high:
+        folded = TransformedCheckpoint(checkpoint, transforms)
+        codes = round_in_segments(rounded, folded, scheme, folder / _SEGMENTS, transforms.high)
+        return Flattening(folded, transforms, entry, codes, (folded, codes))
     before = TransformedCheckpoint(checkpoint, transforms), rounded
     if polish_epochs:
         transforms, entry["polish"] = _polish(
             checkpoint, scheme, transforms, rounded, tokens, polish_epochs, settings.seed, folder, codes, progress
         )
-    return Flattening(TransformedCheckpoint(checkpoint, transforms), transforms, entry, before)
+    return Flattening(TransformedCheckpoint(checkpoint, transforms), transforms, entry, codes, before)
+
+
+def _high_choice(transforms: Transforms, layer: int, site: Site) -> HighChoice | None:
+    high = transforms.layers[layer].high.get(site)
+    return None if high is None else HighChoice.model_validate({"bits": high.bits, "count": high.count})
 
 
 def _polish(

@@ -30,6 +30,8 @@ class Recipe(BaseModel):
         select: the policy that picks a transform per site, see `SelectionPolicy.parse`; `none` rounds to nearest
             without any, `auto` is `none` for float linears and `fixed:affine` for all others.
         plan: a plan.json whose transforms are made instead of choosing any; for the same model.
+        high_impact: a folder with a plan.safetensors, such as a bundle, whose high-impact channels keep more bits; None
+            takes those of the plan, if that has any.
         dataset: calibration text, as the three settings below; see `CalibrationSettings`.
         nsamples: calibration sequences.
         seqlen: tokens in each; None is 512, or what the model was made for where that is less.
@@ -54,6 +56,7 @@ class Recipe(BaseModel):
     lm_head: str | None = None
     select: str = "auto"
     plan: str | None = None
+    high_impact: str | None = None
     dataset: str = SELF
     nsamples: int = 16
     seqlen: int | None = None

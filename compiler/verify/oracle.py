@@ -53,10 +53,14 @@ class Follow(Protocol):
     each is shown to be within its rights, compares all the arithmetic and none of the luck.
     """
 
-    def activation(self, site: str, bits: int, scaled: Tensor, codes: Tensor) -> Tensor:
-        """Return the codes to go on with at `site`, given the oracle's, and its x / scale before rounding.
+    def activation(self, site: str, segment: Segment, scaled: Tensor, codes: Tensor) -> Tensor:
+        """Return the codes to go on with in a segment of the channels at `site`.
 
-        Where the site has high-impact channels, this is asked for each segment, as `Segment.of` calls it.
+        Args:
+            site: such as model.layers.3.attn_in, or lm_head.
+            segment: says which channels, and their bits.
+            scaled: the oracle's x / scale before rounding, of these channels.
+            codes: what it was rounded to.
         """
 
     def cached(self, name: str, x: Tensor, codes: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,7 +203,7 @@ class Oracle:
             return [low_bit_linear(x, weight, form) for weight in weights]
         codes, scale = quantize_activation(x, form.activation_bits, form.clip)
         if self._follow:
-            codes = self._follow.activation(segment.of(site), form.activation_bits, x / scale, codes)
+            codes = self._follow.activation(site, segment, x / scale, codes)
         return [low_bit_product(codes, scale, weight, form.activation_bits) for weight in weights]
 
     def _norm(self, x: Tensor, module: str) -> Tensor:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.errors import AccuracyError
+from planish.compiler.quantize.arithmetic import channels_of
 from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.runtime.session import Session
 from planish.compiler.verify.oracle import Oracle
-from planish.passes.high_impact import SUFFIXES
+from planish.passes.high_impact import SUFFIXES, Segment
 from planish.passes.scheme import FLOAT_BITS, Scheme
 from planish.passes.transforms import Transforms
 from planish.plugins.packing import unpack
@@ -182,10 +183,12 @@ class _Following:
         self.roundings = 0
         self.followed = 0
 
-    def activation(self, site: str, bits: int, scaled: Tensor, codes: Tensor) -> Tensor:
-        """Return the codes of the run at `site`."""
-        zero = 1 << bits - 1
+    def activation(self, site: str, segment: Segment, scaled: Tensor, codes: Tensor) -> Tensor:
+        """Return the codes of the run in a segment of the channels at `site`."""
+        site, zero = segment.of(site), 1 << segment.format.activation_bits - 1
         theirs = torch.from_numpy(self._run.outputs[self._run.sites[site]])
+        if theirs.shape != codes.shape:  # SpreadRestSegmentPass leaves them among the others
+            theirs = channels_of(theirs, segment)
         self._check(site, scaled.clamp(-zero, zero - 1) + zero, codes, theirs)
         return theirs
 

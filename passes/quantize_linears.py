@@ -6,8 +6,9 @@ A linear with high-impact channels becomes two such products, one for each segme
         PlanishMatMul3(PlanishQuantizeActivation(Gather(x, rest)), codes of rest))
 
 So every op has one meaning and every lowering of it holds for segments too. A lowering to a kernel that runs both
-segments in one loop over the input channels finds them at the Add, whose inputs are products of the same
-`planish.modules`, the high one first; both Gathers are of one value, and their channels together are the permutation.
+segments in one loop over the input channels finds them by `segment_pairs`, at the Add, whose inputs are products of the
+same `planish.modules`, the high one first. Both Gathers are of one value, and their channels together are the
+permutation; FoldChannelOrderPass leaves a Split where the permutation is folded.
 """
 
 from collections.abc import Callable

@@ -8,6 +8,7 @@ from planish.compiler.export.decoder import build_decoder
 from planish.compiler.export.streaming import CheckpointTensor
 from planish.passes.codes import CodesSource
 from planish.passes.flatten import flatten_passes
+from planish.passes.fold_channel_order import FoldChannelOrderPass
 from planish.passes.merge_linears import MergeLinearsPass
 from planish.passes.quantize_kv_cache import QuantizeKvCachePass
 from planish.passes.quantize_linears import QuantizeLinearsPass
@@ -42,6 +43,7 @@ def portable_model(
         *([] if transforms is None else flatten_passes(transforms)),
         MergeLinearsPass(),
         quantize_linears,
+        FoldChannelOrderPass(),
         QuantizeKvCachePass(scheme, cache_clip),
         common.RemoveUnusedNodesPass(),
     ]

@@ -47,7 +47,7 @@ def write_high(model: Path, folder: Path, edit: Callable[[HighImpacts], Any] = l
 
 
 def expected_bits(spelling: str, high: HighImpacts) -> float:
-    """Return the stored bits per weight of all linears: both segments, their scales, and the order of the channels."""
+    """Return the stored bits per weight of all linears: both segments, their scales, and orders that are not folded."""
     form, stored, weights = Scheme.parse(spelling).linear, 0.0, 0
     for layer in range(2):
         for k, n, site in LINEARS:
@@ -57,7 +57,8 @@ def expected_bits(spelling: str, high: HighImpacts) -> float:
                 form.average_bits(k - count) * (k - count) + (above.average_bits(count) * count if count else 0)
             ) * n
             weights += k * n
-        stored += sum(32 * len(each.order) for each in high[layer].values())
+        # Hidden units of the FFN are permuted for nothing.
+        stored += sum(32 * len(each.order) for site, each in high[layer].items() if site != "ffn_out")
     return stored / weights
 
 

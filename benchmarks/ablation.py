@@ -3,12 +3,16 @@
 Every row flattens the whole model block after block and runs the scoring text through each block as soon as it is
 flattened, in PyTorch on the grids of the compiled model; nothing is exported. Usage:
 
-    python benchmarks/ablation.py smollm2 --scheme w3a3k3v3 --dataset CALIBRATION --text SCORING [--rows a,b] [--json]
+    python benchmarks/ablation.py smollm2 --dataset CALIBRATION --text SCORING [--jobs 2] [--keep FILE] [--json]
 """
 
 import argparse
+import concurrent.futures
+import dataclasses
 import json
 import math
+import multiprocessing
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -26,11 +30,16 @@ from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.flatten_block import Steps, flatten_block
 from planish.compiler.learn.flattening import held_out_sequences
 from planish.compiler.learn.precision import fast_products
+from planish.compiler.learn.refine import Refinement
+from planish.compiler.learn.rotated import RotatedCheckpoint
 from planish.compiler.learn.streams import Streams
 from planish.compiler.measure.evaluation import read_text
+from planish.compiler.progress import Silent
 from planish.compiler.quantize.arithmetic import low_bit_linear, quantize_weight
 from planish.compiler.runtime.tokenizer import Tokenizer
+from planish.compiler.select.choose_forms import choose_forms
 from planish.compiler.select.forms import forms_of_groups
+from planish.compiler.select.policy import SelectionPolicy
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, Site
 
@@ -40,31 +49,77 @@ _AFFINE: Forms = forms_of_groups({"attn": "affine", "ffn": "affine"})
 _ROTATION: Forms = forms_of_groups({"attn": "rotation", "ffn": "rotation"})
 _NONE: Forms = dict.fromkeys(SITES, "identity")
 _HADAMARD: Forms = _ROTATION | dict.fromkeys(("attn_in", "ffn_in", "ffn_out"), "hadamard")
+_ALL = Steps()
+_NOTHING = Steps(clips=False, fit=False, gptq=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One way to flatten.
+
+    Attributes:
+        forms: of the transforms, in every block, or a policy that chooses them.
+        steps: what is done besides.
+        refinement: of the transforms, if any.
+        prefix: fit blocks to the inputs that the blocks quantised before give them; else to the float model's.
+        rotated: rotate the residual stream first.
+    """
+
+    forms: Forms | str = dataclasses.field(default_factory=lambda: _AFFINE)
+    steps: Steps = _ALL
+    refinement: Refinement | None = None
+    prefix: bool = True
+    rotated: bool = False
 
 
 def _linear_sites(form: Form) -> Forms:
     return _AFFINE | dict.fromkeys(("attn_in", "ffn_in", "ffn_out"), form)
 
 
-#: Row -> forms, and steps besides them.
-ROWS: dict[str, tuple[Forms, Steps]] = {
-    "nothing: round to nearest": (_NONE, Steps(clips=False, fit=False, gptq=False)),
-    "hadamard, nothing else": (_HADAMARD, Steps(clips=False, fit=False, gptq=False)),
-    "affine, nothing else": (_AFFINE, Steps(clips=False, fit=False, gptq=False)),
-    "affine + clips": (_AFFINE, Steps(fit=False, gptq=False)),
-    "affine + clips + gptq": (_AFFINE, Steps(fit=False)),
-    "affine + clips + fit + gptq": (_AFFINE, Steps()),
-    "no clips": (_AFFINE, Steps(clips=False)),
-    "hadamard": (_HADAMARD, Steps()),
-    "rotation (RMS scale + hadamard)": (_ROTATION, Steps()),
-    "kronecker": (_linear_sites("kronecker"), Steps()),
-    "blocks of 32": (_linear_sites("blocks32"), Steps()),
-    "blocks of 128": (_linear_sites("blocks128"), Steps()),
-    "dense, blocks of 128 at ffn_out": (_linear_sites("dense") | {"ffn_out": "blocks128"}, Steps()),
-    "key map: rotation": (_AFFINE | {"key": "rotation"}, Steps()),
-    "key map: none": (_AFFINE | {"key": "identity"}, Steps()),
-    "value map: rotation": (_AFFINE | {"value": "rotation"}, Steps()),
+ROWS: dict[str, Row] = {
+    "nothing: round to nearest": Row(_NONE, _NOTHING),
+    "hadamard, nothing else": Row(_HADAMARD, _NOTHING),
+    "affine, nothing else": Row(_AFFINE, _NOTHING),
+    "affine + clips": Row(_AFFINE, Steps(fit=False, gptq=False)),
+    "affine + clips + gptq": Row(_AFFINE, Steps(fit=False)),
+    "affine + clips + fit + gptq": Row(),
+    "no clips": Row(steps=Steps(clips=False)),
+    "fitted to float inputs": Row(prefix=False),
+    "hadamard": Row(_HADAMARD),
+    "rotation (RMS scale + hadamard)": Row(_ROTATION),
+    "kronecker": Row(_linear_sites("kronecker")),
+    "blocks of 32": Row(_linear_sites("blocks32")),
+    "blocks of 128": Row(_linear_sites("blocks128")),
+    "dense, blocks of 128 at ffn_out": Row(_linear_sites("dense") | {"ffn_out": "blocks128"}),
+    "key map: rotation": Row(_AFFINE | {"key": "rotation"}),
+    "key map: none": Row(_AFFINE | {"key": "identity"}),
+    "value map: rotation": Row(_AFFINE | {"value": "rotation"}),
+    "residual rotation below": Row(rotated=True),
+    "selection: kurtosis": Row("kurtosis"),
+    "selection: measured:0.1": Row("measured:0.1"),
+    "refined, 3 epochs": Row(refinement=Refinement(epochs=3)),
+    "refined on float inputs, 3 epochs": Row(refinement=Refinement(epochs=3, inputs="float")),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """What all rows share."""
+
+    model: str
+    scheme: str
+    tokens: np.ndarray
+    windows: Tensor
+
+    def perplexity(self, row: str) -> float:
+        """Return the perplexity of a row, or of the float model."""
+        checkpoint = open_checkpoint(self.model)
+        if row == "float":
+            hidden = _float_blocks(checkpoint, self.windows)
+            return _perplexity(checkpoint, Scheme.parse("w16a16"), self.windows, hidden)
+        base = RotatedCheckpoint(checkpoint, 0) if ROWS[row].rotated else checkpoint
+        scheme = Scheme.parse(self.scheme)
+        return _perplexity(base, scheme, self.windows, _flattened_blocks(base, scheme, ROWS[row], self))
 
 
 def main() -> None:
@@ -78,6 +133,8 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--rows", help="names of rows, separated by semicolons; all by default")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at once, sharing the processors")
+    parser.add_argument("--keep", type=Path, help="file to keep finished rows in, and to take them from")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     checkpoint = open_checkpoint(arguments.model)
@@ -85,21 +142,34 @@ def main() -> None:
         arguments.dataset, checkpoint, nsamples=arguments.nsamples, seqlen=arguments.seqlen, seed=0
     )
     windows = _windows(checkpoint, arguments.text, arguments.seqlen, arguments.windows)
-    rows = arguments.rows.split(";") if arguments.rows else list(ROWS)
-    scheme = Scheme.parse(arguments.scheme)
-    found = {"float": _perplexity(checkpoint, Scheme.parse("w16a16"), windows, _float_blocks(checkpoint, windows))}
-    console = Console(stderr=True)
-    for row in rows:
-        started = time.perf_counter()
-        hidden = _flattened_blocks(checkpoint, scheme, *ROWS[row], tokens, windows)
-        found[row] = _perplexity(checkpoint, scheme, windows, hidden)
-        console.print(f"{row}: {found[row]:.2f} ({time.perf_counter() - started:.0f} s)")
+    setting = _Setting(arguments.model, arguments.scheme, tokens, windows)
+    rows = ["float", *(arguments.rows.split(";") if arguments.rows else ROWS)]
+    found = _run_rows(setting, rows, arguments.jobs, arguments.keep)
     table = Table("row", "perplexity", "x float")
-    for row, value in found.items():
-        table.add_row(row, f"{value:.2f}", f"{value / found['float']:.3f}")
+    for row in rows:
+        table.add_row(row, f"{found[row]:.2f}", f"{found[row] / found['float']:.3f}")
     Console().print(table)
     if arguments.json:
-        print(json.dumps(vars(arguments) | {"perplexity": found}))
+        settings = {name: value for name, value in vars(arguments).items() if name != "keep"}
+        print(json.dumps(settings | {"perplexity": {row: found[row] for row in rows}}))
+
+
+def _run_rows(setting: _Setting, rows: list[str], jobs: int, keep: Path | None) -> dict[str, float]:
+    found: dict[str, float] = json.loads(keep.read_text()) if keep is not None and keep.exists() else {}
+    console, started = Console(stderr=True), time.perf_counter()
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        running = {pool.submit(setting.perplexity, row): row for row in rows if row not in found}
+        for done in concurrent.futures.as_completed(running):
+            row = running[done]
+            found[row] = done.result()
+            console.print(f"{row}: {found[row]:.2f} ({time.perf_counter() - started:.0f} s after the start)")
+            if keep is not None:
+                keep.write_text(json.dumps(found))
+    return found
 
 
 def _windows(checkpoint: Checkpoint, text: str, seqlen: int, count: int) -> Tensor:
@@ -110,7 +180,9 @@ def _windows(checkpoint: Checkpoint, text: str, seqlen: int, count: int) -> Tens
 
 
 def _embed(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
-    return torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight").astype(np.float32))[ids]
+    # As float16, which is what a low-bit model stores.
+    table = checkpoint.tensor("model.embed_tokens.weight").astype(np.float16).astype(np.float32)
+    return torch.from_numpy(table)[ids]
 
 
 @torch.no_grad()
@@ -122,22 +194,31 @@ def _float_blocks(checkpoint: Checkpoint, windows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _flattened_blocks(
-    checkpoint: Checkpoint, scheme: Scheme, forms: Forms, steps: Steps, tokens: np.ndarray, windows: Tensor
-) -> Tensor:
-    config = checkpoint.config
-    x, target = _embed(checkpoint, windows), _embed(checkpoint, torch.from_numpy(tokens))
+def _flattened_blocks(checkpoint: Checkpoint, scheme: Scheme, row: Row, setting: _Setting) -> Tensor:
+    config, tokens = checkpoint.config, setting.tokens
+    x, target = _embed(checkpoint, setting.windows), _embed(checkpoint, torch.from_numpy(tokens))
     seen, held_out = target.clone(), held_out_sequences(len(tokens))
-    angles, scored = (Angles.of(config, length) for length in (tokens.shape[1], windows.shape[1]))
+    angles, scored = (Angles.of(config, length) for length in (tokens.shape[1], setting.windows.shape[1]))
+    forms = _forms(checkpoint, scheme, row, tokens)
     with fast_products():
         for layer in range(config.num_hidden_layers):
             block = read_block(checkpoint, layer)
             outputs = _run(FloatHooks(block), checkpoint, target, angles)
-            flattened = flatten_block(block, Streams(target, seen, held_out), outputs, scheme, forms, layer, steps)
+            streams = Streams(target, seen if row.prefix else target, held_out)
+            flattened = flatten_block(block, streams, outputs, scheme, forms[layer], layer, row.steps, row.refinement)
             seen = _run(flattened.hooks, checkpoint, seen, angles)
             x = _run(flattened.hooks, checkpoint, x, scored)
             target = outputs
     return x
+
+
+def _forms(checkpoint: Checkpoint, scheme: Scheme, row: Row, tokens: np.ndarray) -> list[Forms]:
+    if not isinstance(row.forms, str):
+        return [row.forms] * checkpoint.config.num_hidden_layers
+    with tempfile.TemporaryDirectory() as folder:
+        policy = SelectionPolicy.parse(row.forms)
+        chosen = choose_forms(checkpoint, scheme, policy, tokens, Path(folder), Silent())
+    return [each.forms for each in chosen]
 
 
 def _run(hooks: Hooks, checkpoint: Checkpoint, x: Tensor, angles: Angles) -> Tensor:

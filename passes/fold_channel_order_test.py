@@ -51,16 +51,9 @@ def test_not_a_bit_changes(spelling: str, merge: bool, tmp_path: Path) -> None:
         before = gathered(model)
         if fold:
             assert FoldChannelOrderPass()(model).modified
-            assert (
-                before - gathered(model)
-                == {
-                    f"model.layers.{i}.mlp.down_proj{part}.gathered"
-                    for i in range(2)
-                    for part in ("", ".high", ".matmul", ".matmul.high")
-                }
-                & before
-            )
-            assert len(before - gathered(model)) == 4
+            folded = before - gathered(model)
+            assert len(folded) == 4
+            assert all(".mlp.down_proj." in name for name in folded)
             assert not FoldChannelOrderPass()(model).modified
         logits.append(CachedModel(save_model(model, tmp_path / f"model{fold}"))(IDS).logits)
     np.testing.assert_array_equal(*logits)

@@ -23,7 +23,9 @@ def run_compile(
     ] = None,
     select: Annotated[
         str | None,
-        typer.Option(help="How transforms are chosen: none, fixed:KIND, kurtosis, measured[:BUDGET] or auto. [auto]"),
+        typer.Option(
+            help="How transforms are chosen: none, fixed:KIND, kurtosis, search, measured[:BUDGET], auto. [auto]"
+        ),
     ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="A plan.json, made or edited, to take the transforms from instead of choosing.")
@@ -31,6 +33,10 @@ def run_compile(
     high_impact: Annotated[
         Path | None,
         typer.Option(help="A bundle or folder with a plan.safetensors whose high-impact channels keep more bits."),
+    ] = None,
+    residual_rotation: Annotated[
+        bool | None,
+        typer.Option("--residual-rotation/--no-residual-rotation", help="Rotate the residual stream first. [off]"),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Calibration text: a .txt or .jsonl file, a Hub data set, or self. [self]")
@@ -76,6 +82,7 @@ def run_compile(
                 select=select,
                 plan=plan,
                 high_impact=high_impact,
+                residual_rotation=residual_rotation,
                 dataset=dataset,
                 nsamples=nsamples,
                 seqlen=seqlen,

@@ -42,6 +42,7 @@ def run_study_selection(
         Path | None, typer.Option(help="A text: compile with every policy into OUTPUT, and evaluate on it. Long.")
     ] = None,
     polish: Annotated[int | None, typer.Option(min=0, help="Epochs of polishing each bundle; see compile.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Include the policy search, which learns. Long.")] = False,
     windows: Annotated[int, typer.Option(min=1, help="Windows of the text, as long as calibration sequences.")] = 20,
     json: JsonFlag = False,
 ) -> None:
@@ -66,7 +67,7 @@ def run_study_selection(
     )
     with tempfile.TemporaryDirectory(prefix="planish-study-") as scratch, progress_for(sys.stderr) as progress:
         folder = output or Path(scratch)
-        found, perplexities = study_checkpoint(recipe, folder, progress), {}
+        found, perplexities = study_checkpoint(recipe, folder, progress, search), {}
         if perplexity is not None:
             perplexities = measure_perplexities(recipe, found, perplexity, windows, folder, progress)
     _show(out, found, perplexities)

@@ -11,7 +11,7 @@ from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.passes.transforms import Site
 
-__all__ = ["MODULES", "SITE_MODULES", "Angles", "Block", "FloatHooks", "Hooks", "read_block", "run_block"]
+__all__ = ["MODULES", "SITE_MODULES", "Angles", "Block", "FloatHooks", "Hooks", "attend", "read_block", "run_block"]
 
 #: Site -> the linears that read it, by their names within a block.
 SITE_MODULES: dict[Site, tuple[str, ...]] = {
@@ -116,15 +116,20 @@ def run_block(config: LlamaConfig, hooks: Hooks, x: Tensor, angles: Angles) -> T
         for module in SITE_MODULES["attn_in"]
     )
     query, key, value = hooks.heads(_rotate(query, angles), _rotate(key, angles), value)
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=config.groups > 1
-    )
-    h = hooks.site("attn_out", attended.transpose(1, 2).flatten(2))
+    h = hooks.site("attn_out", attend(query, key, value))
     x = x + hooks.linear("self_attn.o_proj", h)
     h = _norm(x, hooks.gain("post_attention_layernorm"), config.rms_norm_eps)
     h = hooks.site("ffn_in", h)
     hidden = torch.nn.functional.silu(hooks.linear("mlp.gate_proj", h)) * hooks.linear("mlp.up_proj", h)
     return x + hooks.linear("mlp.down_proj", hooks.site("ffn_out", hidden))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return the output of causal attention, [batch, seq, heads * d]; heads come as [batch, heads, seq, d]."""
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=query.shape[1] > key.shape[1]
+    )
+    return attended.transpose(1, 2).flatten(2)
 
 
 def _norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:

@@ -12,7 +12,7 @@ from planish.compiler.learn.clips import kv_clips, search_clip
 from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.fold import fold_block
 from planish.compiler.learn.low_bit import LowBitHooks, Reached
-from planish.compiler.learn.site_moments import RESIDUAL_SITES, SiteMoments, residual_weights
+from planish.compiler.learn.site_moments import RESIDUAL_SITES, residual_weights
 from planish.compiler.learn.streams import Streams
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
 from planish.passes.scheme import Scheme
@@ -30,7 +30,6 @@ _CLIP_ROWS = 1024
 def starting_clips(
     block: Block,
     factors: Mapping[Site, Factors],
-    moments: SiteMoments,
     streams: Streams,
     outputs: Tensor,
     scheme: Scheme,
@@ -41,14 +40,15 @@ def starting_clips(
     hooks.weights = {module: folded.weight(module) for module in MODULES}
     first = next(streams.batches())
     angles = Angles.of(block.config, streams.seen.shape[1], streams.seen.device)
-    hooks.clips |= kv_clips(block, streams.seen[first], angles, factors, moments, scheme)
+    token_weights = residual_weights(outputs[first])
+    hooks.clips |= kv_clips(block, streams.seen[first], angles, factors, scheme, token_weights)
     for site, modules in SITE_MODULES.items():
         hooks.stop = site
         try:
             run_block(block.config, hooks, streams.seen[first], angles)
         except Reached as reached:
             rows = reached.x.flatten(0, -2)[:_CLIP_ROWS]
-        weights = residual_weights(outputs[first]) if site in RESIDUAL_SITES else torch.ones(len(rows))
+        weights = token_weights if site in RESIDUAL_SITES else torch.ones(len(rows))
         weight = torch.cat([folded.weight(module) for module in modules])
         hooks.clips[site] = search_clip(rows, weight, scheme.linear, weights[:_CLIP_ROWS].to(rows))
     return hooks.clips

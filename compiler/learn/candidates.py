@@ -23,14 +23,14 @@ from planish.passes.transforms import Kind
 
 __all__ = ["FORMS", "Form", "closed_form", "kind_of"]
 
-Form = Literal["identity", "hadamard", "rotation", "kronecker", "blocks32", "blocks64", "blocks128", "dense"]
+Form = Literal["identity", "hadamard", "rotation", "smooth", "kronecker", "blocks32", "blocks64", "blocks128", "dense"]
 
 
 def kind_of(form: Form) -> Kind:
     """Return the kind that a form is of; the scale, which every kind may have, does not count."""
     if form == "identity":
         return "identity"
-    return "rotation" if form in ("hadamard", "rotation") else "affine"
+    return "rotation" if form in ("hadamard", "rotation", "smooth") else "affine"
 
 
 def closed_form(form: Form, inputs: Tensor, weights: Tensor, seed: int) -> Factors:
@@ -106,7 +106,7 @@ def _dense_mixing(width: int, seed: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(hadamard_transform(width, seed).without_scale().matrix()))
 
 
-#: By form: (Sx, Sw, seed) -> the transform.
+#: By form: (Sx, Sw, seed) -> the transform. `smooth` is not in closed form; see `smooth_site`.
 FORMS: dict[Form, Callable[[Tensor, Tensor, int], Factors]] = {
     "identity": _identity,
     "hadamard": _plain_hadamard,

@@ -1,25 +1,33 @@
 """How much of its range an activation grid, or that of cached keys and values, should span."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from planish.compiler.learn.block import Angles, Block, FloatHooks, run_block
+from planish.compiler.learn.block import Angles, Block, FloatHooks, attend, run_block
 from planish.compiler.learn.factors import Factors
-from planish.compiler.learn.low_bit import Reached, round_activation, round_cached
-from planish.compiler.learn.site_moments import SiteMoments
+from planish.compiler.learn.low_bit import Reached, round_activation, round_mapped
 from planish.passes.scheme import FLOAT_BITS, LinearFormat, Scheme
 from planish.passes.transforms import Site
 
-__all__ = ["kv_clips", "search_clip", "search_kv_clip"]
+__all__ = ["Heads", "kv_clips", "read_heads", "search_clip", "search_kv_clip"]
 
 #: Clips tried: a grid of b bits on n Gaussian channels wants about 0.75 of absmax at 4 bits and 0.55 at 3.
 _CLIPS = tuple(round(1 - 0.05 * step, 2) for step in range(13))
 #: Clips tried for keys and values: of the range that 64 Gaussian channels span, about 0.65 is best at 2 bits, 0.85 at 3
 #: (Max 1960, "Quantizing for minimum distortion", table II).
 _KV_CLIPS = tuple(round(1 - 0.05 * step, 2) for step in range(11))
+
+
+class Heads(NamedTuple):
+    """What attention computes with: queries and keys after RoPE, and values, [batch, heads, seq, d] each."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
 
 
 @torch.no_grad()
@@ -39,9 +47,42 @@ def search_clip(inputs: Tensor, weight: Tensor, form: LinearFormat, token_weight
         lost = (round_activation(inputs, form.activation_bits, clip) - inputs) @ weight.T
         return float((token_weights * lost.square().sum(1)).sum())
 
-    # The error has one minimum: stop where it rises.
-    best, least = _CLIPS[0], error(_CLIPS[0])
-    for clip in _CLIPS[1:]:
+    return _least(_CLIPS, error)
+
+
+@torch.no_grad()
+def search_kv_clip(
+    site: Site, factors: Factors, bits: int, heads: Heads, output: Tensor, token_weights: Tensor
+) -> float:
+    """Return the share of a head's range at which a cache of keys, or of values, moves the block's output least.
+
+    The error is taken behind the softmax and o_proj: noise of rounding averages out over the tokens that are attended
+    to, what a clip cuts off need not.
+
+    Args:
+        site: `key` or `value`.
+        factors: the map of the site.
+        bits: of the cache.
+        heads: of the float block.
+        output: the weight of o_proj, [hidden, q_size].
+        token_weights: float32 [batch * seq].
+    """
+    if bits >= 8:
+        return 1.0
+    expected = attend(*heads)
+
+    def error(clip: float) -> float:
+        stored = {site: round_mapped(getattr(heads, site), factors.right, bits, clip)}
+        lost = (attend(*heads._replace(**stored)) - expected).flatten(0, -2) @ output.T
+        return float((token_weights * lost.square().sum(1)).sum())
+
+    return _least(_KV_CLIPS, error)
+
+
+def _least(clips: Sequence[float], error: Callable[[float], float]) -> float:
+    """Return the clip of least error, from the widest on: the error has one minimum, so it stops where that rises."""
+    best, least = clips[0], error(clips[0])
+    for clip in clips[1:]:
         found = error(clip)
         if found > 1.1 * least:
             break
@@ -51,76 +92,39 @@ def search_clip(inputs: Tensor, weight: Tensor, form: LinearFormat, token_weight
 
 
 @torch.no_grad()
-def search_kv_clip(heads: Tensor, readers_moment: Tensor, bits: int) -> float:
-    """Return the share of a head's range at which rounding keys or values moves what reads them least.
-
-    The error is the mean of e R e^T over tokens, summed over heads, with e what rounding changes and R the moment of
-    the head's readers: the squared change of a score by a query, or of the block's output by a value.
-
-    Args:
-        heads: keys after RoPE or values, float32 [batch, kv_heads, seq, d], mapped.
-        readers_moment: E[q^T q] of the queries, or W_o^T W_o of the columns, mapped, [kv_heads, d, d].
-        bits: of the cache.
-    """
-    if bits >= 8:
-        return 1.0
-    readers = readers_moment.to(heads.dtype)
-
-    def error(clip: float) -> float:
-        lost = round_cached(heads, bits, clip) - heads
-        return float((lost @ readers).mul_(lost).double().sum())
-
-    return min(_KV_CLIPS, key=error)
-
-
-@torch.no_grad()
 def kv_clips(
-    block: Block,
-    x: Tensor,
-    angles: Angles,
-    factors: Mapping[Site, Factors],
-    moments: SiteMoments,
-    scheme: Scheme,
+    block: Block, x: Tensor, angles: Angles, factors: Mapping[Site, Factors], scheme: Scheme, token_weights: Tensor
 ) -> dict[Site, float]:
-    """Return the clips of the sites `key` and `value`, searched on the keys and values of the float block.
+    """Return the clips of the sites `key` and `value`, searched on some inputs of the block; see `search_kv_clip`.
 
     Args:
         block: as the checkpoint has it.
-        x: some of its inputs, float32 [batch, seq, hidden].
+        x: inputs, float32 [batch, seq, hidden].
         angles: of `seq` positions.
         factors: the maps of `key` and `value`.
-        moments: of the block.
         scheme: gives the bits.
+        token_weights: float32 [batch * seq].
     """
-    hooks = _Heads(block)
+    heads, output = read_heads(block, x, angles), block.weight("self_attn.o_proj")
+    bits: dict[Site, int] = {"key": scheme.key_bits, "value": scheme.value_bits}
+    return {
+        site: search_kv_clip(site, factors[site], each, heads, output, token_weights) for site, each in bits.items()
+    }
+
+
+def read_heads(block: Block, x: Tensor, angles: Angles) -> Heads:
+    """Return what attention in the float block computes with, given the block's inputs [batch, seq, hidden]."""
+    hooks = _Recording(block)
     with contextlib.suppress(Reached):
         run_block(block.config, hooks, x, angles)
-    sides: tuple[tuple[Site, Tensor, Tensor, int], ...] = (
-        ("key", hooks.key, moments.queries, scheme.key_bits),
-        ("value", hooks.value, moments.value_readers, scheme.value_bits),
-    )
-    found: dict[Site, float] = {}
-    for site, heads, readers, bits in sides:
-        right = factors[site].right
-        if right is not None:
-            # Rows of the heads go through the map, those of the readers through the transpose of its inverse.
-            inverse = torch.linalg.inv(right.to(readers))
-            heads, readers = heads @ right.to(heads), inverse @ readers @ inverse.mT
-        found[site] = search_kv_clip(heads, readers, bits)
-    return found
+    return hooks.found
 
 
-class _Heads(FloatHooks):
-    """Keeps keys and values, and ends the run where attention is done."""
+class _Recording(FloatHooks):
+    """Keeps queries, keys and values, and ends the run there."""
 
-    key: Tensor
-    value: Tensor
+    found: Heads
 
     def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self.key, self.value = key, value
-        return query, key, value
-
-    def site(self, site: Site, x: Tensor) -> Tensor:
-        if site == "attn_out":
-            raise Reached(x)
-        return x
+        self.found = Heads(query, key, value)
+        raise Reached(value)

@@ -17,6 +17,7 @@ from planish.compiler.learn.low_bit import LowBitHooks, Reached, round_activatio
 from planish.compiler.learn.refine import Refinement, refine_block
 from planish.compiler.learn.site_factors import closed_form_factors
 from planish.compiler.learn.site_moments import RESIDUAL_SITES, gather_moments, residual_weights
+from planish.compiler.learn.smooth_site import smooth_ffn_out
 from planish.compiler.learn.streams import Streams
 from planish.compiler.quantize.arithmetic import QuantizedWeight, dequantize_weight, quantize_weight
 from planish.passes.scheme import Scheme
@@ -79,7 +80,12 @@ def flatten_block(
     """Return `block` flattened for `scheme`, with the given form at every site; `outputs` are the float block's."""
     angles = Angles.of(block.config, streams.target.shape[1], streams.target.device)
     moments = gather_moments(block, (streams.seen[part] for part in streams.batches()), angles)
-    factors = closed_form_factors(block, moments, forms, seed)
+    smooth = forms["ffn_out"] == "smooth"
+    closed: dict[Site, Form] = {**forms, "ffn_out": "rotation"} if smooth else forms
+    factors = closed_form_factors(block, moments, closed, seed)
+    scales: dict[str, float] = {}
+    if smooth:
+        factors["ffn_out"], scales = smooth_ffn_out(block, streams, outputs, angles, scheme, seed)
     refined = None
     if refinement is not None and refinement.epochs:
         refined = refine_block(block, factors, streams, outputs, scheme, refinement)
@@ -88,7 +94,9 @@ def flatten_block(
     hooks = LowBitHooks(folded, factors, scheme)
     steps = steps or Steps()
     if steps.clips:
-        hooks.clips |= kv_clips(block, streams.seen[next(streams.batches())], angles, factors, moments, scheme)
+        first = next(streams.batches())
+        token_weights = residual_weights(outputs[first])
+        hooks.clips |= kv_clips(block, streams.seen[first], angles, factors, scheme, token_weights)
     codes: dict[str, QuantizedWeight] = {}
     evidence: dict[Site, dict[str, float]] = {}
     for site, modules in SITE_MODULES.items():
@@ -97,6 +105,7 @@ def flatten_block(
         )
         for module, each in zip(modules, _split_rows(whole, [len(folded.weight(m)) for m in modules]), strict=True):
             codes[module], hooks.weights[module] = each, dequantize_weight(each)
+    evidence["ffn_out"] |= scales
     return Flattened(factors, hooks.clips, codes, hooks, evidence, None if refined is None else refined.evidence)
 
 

@@ -10,7 +10,7 @@ from planish.passes.scheme import FLOAT_BITS, Scheme
 from planish.passes.transforms import Site
 from planish.plugins.ops.quantize_activation import SMALLEST_SCALE
 
-__all__ = ["LowBitHooks", "Reached", "round_activation", "round_cached"]
+__all__ = ["LowBitHooks", "Reached", "round_activation", "round_cached", "round_mapped"]
 
 
 class Reached(Exception):  # noqa: N818 - it ends a run early and is no error
@@ -90,3 +90,18 @@ class LowBitHooks:
 def round_cached(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
     """Return keys or values [..., d] as the cache gives them back; see `quantize_kv`."""
     return x if bits == FLOAT_BITS else dequantize_kv(*quantize_kv(x, bits, clip))
+
+
+def round_mapped(x: Tensor, right: Tensor | None, bits: int, clip: float = 1.0) -> Tensor:
+    """Return keys or values [batch, kv_heads, seq, d] that went through the cache in the space of a map, and back.
+
+    Args:
+        x: keys or values.
+        right: the map, [kv_heads or 1, d, d], or None.
+        bits: of the cache.
+        clip: share of a head's range that the grid spans.
+    """
+    if right is None:
+        return round_cached(x, bits, clip)
+    back: Tensor = torch.linalg.inv(right)
+    return round_cached(x @ right, bits, clip) @ back

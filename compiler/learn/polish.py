@@ -1,15 +1,14 @@
 """Polish a flattened model as a whole: what stays in floating point learns to make up for what was rounded.
 
-Codes and online factors stay as they are. The gains of norms, the scales of weight rows and the clips move, one
-number per channel, such that the distribution of the next token comes close to
-the float model's: min KL(p_float || p_low_bit) over the calibration text. Roundings pass the gradient straight through.
+Codes stay as they are. The gains of norms, the scales of weight rows, the clips and the online affine maps move, such
+that the distribution of the next token comes close to the float model's: min KL(p_float || p_low_bit) over the
+calibration text. Roundings pass the gradient straight through.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +18,12 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, Block, read_block, run_block
+from planish.compiler.learn.block_loss import conditioning
+from planish.compiler.learn.clip_parameter import clip_of, clip_parameter
 from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.fold import fold_block
 from planish.compiler.learn.low_bit import LowBitHooks
+from planish.compiler.learn.next_token import Head
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.trainable import round_activation_through, round_cached_through
 from planish.compiler.quantize.arithmetic import QuantizedWeight, dequantize_weight
@@ -31,13 +33,13 @@ from planish.passes.transforms import SITES, LayerTransforms, Site, Transforms
 
 __all__ = ["Polished", "polish"]
 
-_RATE, _WARM_UP = 2e-3, 0.15
+#: Largest learning rates: of gains, scales and clips, and of the entries of maps; and the share of steps to get there.
+_RATE, _MAP_RATE, _WARM_UP = 2e-3, 2e-4, 0.15
 _MOMENTA = (0.9, 0.95)
 #: Largest norm of the gradient of all parameters together.
 _LONGEST = 1.0
 #: The norm that a site's channel scale folds into.
 _NORMS: dict[Site, str] = {"attn_in": "input_layernorm", "ffn_in": "post_attention_layernorm"}
-_WIDEST_CLIP = 0.98
 _STATE = "polish.pt"
 
 
@@ -46,7 +48,7 @@ class Polished:
     """What polishing made.
 
     Attributes:
-        transforms: with new channel scales at the norms, and new clips.
+        transforms: with new channel scales at the norms, new affine maps, and new clips.
         row_scales: by module, what multiplies the scales of its weight rows, float32 [out].
         divergence: mean KL divergence per held-out token, in nats: before, and after every epoch.
     """
@@ -88,8 +90,10 @@ def polish(
     model = _Model(checkpoint, scheme, transforms, codes)
     fitted = len(token_ids) - held_out
     ids = torch.from_numpy(token_ids)
-    optimizer = torch.optim.Adam(model.parameters(), lr=_RATE, betas=_MOMENTA)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=epochs * fitted, pct_start=_WARM_UP)
+    rates = [_MAP_RATE if is_map else _RATE for is_map in model.are_maps()]
+    groups = [{"params": [each], "lr": rate} for each, rate in zip(model.parameters(), rates, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=_MOMENTA)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=epochs * fitted, pct_start=_WARM_UP)
     state = folder / _STATE
     with fast_products():
         if state.exists():
@@ -115,7 +119,8 @@ def polish(
                     progress(epoch * fitted + done, epochs * fitted)
             found = model.divergence(ids[fitted:], final[fitted:])
             if found < min(divergence):
-                best = model.state()
+                # Maps that can hardly be inverted would not fold into the float model that is verified.
+                best, found = (model.state(), found) if model.is_invertible() else (best, math.inf)
             divergence.append(found if math.isfinite(found) else math.inf)
             made = {"model": model.state(), "best": best, "divergence": divergence}
             unfinished = state.with_suffix(".part")
@@ -130,11 +135,10 @@ class _Model:
 
     def __init__(self, checkpoint: Checkpoint, scheme: Scheme, transforms: Transforms, codes: CodesOnDisk) -> None:
         self._config, self._transforms = checkpoint.config, transforms
-        table = _float(checkpoint, "model.embed_tokens.weight")
+        table = torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight").astype(np.float32))
         # As they are stored in the compiled model.
         self._embeddings = table.half().float()
-        self._head = table if self._config.tie_word_embeddings else _float(checkpoint, "lm_head.weight")
-        self._gain = _float(checkpoint, "model.norm.weight")
+        self._head = Head.of(checkpoint)
         self._layers = []
         for i, layer in enumerate(transforms.layers):
             factors = {site: Factors.of(layer[site]) for site in SITES}
@@ -145,6 +149,18 @@ class _Model:
     def parameters(self) -> list[Tensor]:
         """Return everything that learns."""
         return [parameter for layer in self._layers for parameter in layer.learned.values()]
+
+    def are_maps(self) -> list[bool]:
+        """Return which of the parameters are maps."""
+        return [_is_map(name) for layer in self._layers for name in layer.learned]
+
+    @torch.no_grad()
+    def is_invertible(self) -> bool:
+        """Return whether all maps are; see `conditioning`."""
+        return all(
+            conditioning({site: Factors.of(layer[site]) for site in SITE_MODULES}).problem is None
+            for layer in self.transforms().layers
+        )
 
     def state(self) -> list[Tensor]:
         """Return a copy of the parameters."""
@@ -165,10 +181,7 @@ class _Model:
                 x = recompute(run_block, self._config, layer, x, angles, use_reentrant=False)
             else:
                 x = run_block(self._config, layer, x, angles)
-        with torch.no_grad():
-            expected = self._log_probabilities(final)
-        found = self._log_probabilities(x)
-        return torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum") / ids.numel()
+        return self._head.divergence(x, final)
 
     @torch.no_grad()
     def divergence(self, ids: Tensor, final: Tensor) -> float:
@@ -191,10 +204,6 @@ class _Model:
         )
         return dataclasses.replace(self._transforms, layers=layers)
 
-    def _log_probabilities(self, x: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self._config.rms_norm_eps)
-        return torch.log_softmax(self._gain * (x * scale) @ self._head.T, -1)
-
 
 class _PolishedHooks(LowBitHooks):
     """A block on its grids, whose gains, row scales and clips are logarithms or logits that learn."""
@@ -215,16 +224,30 @@ class _PolishedHooks(LowBitHooks):
         self.learned |= {
             module: torch.zeros(len(weight), requires_grad=True) for module, weight in self.weights.items()
         }
+        # A rotation is to stay one.
+        affine = {site: each for site, each in self._online.items() if site in SITE_MODULES and each.kind == "affine"}
+        for site, each in affine.items():
+            for part, factor in (("right", each.right), ("left", each.left)):
+                if factor is not None:
+                    self.learned[f"{site}.{part}"] = factor.clone().requires_grad_()
         bits: dict[Site, int] = dict.fromkeys(SITE_MODULES, scheme.linear.activation_bits)
         bits |= {"key": scheme.key_bits, "value": scheme.value_bits}
         self._bits = {site: each for site, each in bits.items() if each < 8}
         self._rest = {site: layer.clip(site) for site in SITES}
         for site in self._bits:
-            self.learned[site] = torch.tensor(min(layer.clip(site), _WIDEST_CLIP)).logit().requires_grad_()
+            self.learned[site] = clip_parameter(layer.clip(site))
 
     def gain(self, norm: str) -> Tensor:
         """Return the gain of a norm."""
         return super().gain(norm) * self.learned[norm].exp()
+
+    def transform(self, site: Site, x: Tensor) -> Tensor:
+        """Return what runs online at `site`."""
+        online = self._online[site]
+        right, left = (self.learned.get(f"{site}.{part}") for part in ("right", "left"))
+        return dataclasses.replace(
+            online, right=online.right if right is None else right, left=online.left if left is None else left
+        ).apply(x)
 
     def site(self, site: Site, x: Tensor) -> Tensor:
         """Return the transformed input on its grid."""
@@ -248,18 +271,24 @@ class _PolishedHooks(LowBitHooks):
 
     def polished(self, before: LayerTransforms) -> LayerTransforms:
         """Return the transforms of the layer with what was learned."""
-        changed = {}
+        changed = {site: before[site] for site in SITE_MODULES}
         for site, norm in _NORMS.items():
             gain = self.learned[norm].detach().exp().numpy()
             scale = before[site].scale
             changed[site] = dataclasses.replace(before[site], scale=gain if scale is None else scale * gain)
-        clips = {**before.clips, **{site: float(self.learned[site].detach().sigmoid()) for site in self._bits}}
+        for site in SITE_MODULES:
+            right, left = (self.learned.get(f"{site}.{part}") for part in ("right", "left"))
+            changed[site] = dataclasses.replace(
+                changed[site],
+                right=changed[site].right if right is None else right.detach().numpy(),
+                left=changed[site].left if left is None else left.detach().numpy(),
+            )
+        clips = {**before.clips, **{site: float(clip_of(self.learned[site].detach())) for site in self._bits}}
         return dataclasses.replace(before, **changed, clips=clips, high=before.high)
 
     def _clip(self, site: Site) -> Tensor:
-        return self.learned[site].sigmoid() if site in self._bits else torch.tensor(self._rest[site])
+        return clip_of(self.learned[site]) if site in self._bits else torch.tensor(self._rest[site])
 
 
-def _float(checkpoint: Checkpoint, name: str) -> Tensor:
-    tensor: Any = checkpoint.tensor(name)
-    return torch.from_numpy(tensor.astype(np.float32))
+def _is_map(name: str) -> bool:
+    return name.endswith((".right", ".left"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from planish.compiler.learn.block import Angles, Block, run_block
+from planish.compiler.learn.block import Angles, Block, FloatHooks, Hooks, run_block
 from planish.compiler.learn.block_loss import (
     conditioning,
     held_out_loss,
@@ -46,7 +46,8 @@ class Refinement:
         epochs: passes over the sequences to fit to.
         batch: sequences to a step.
         inputs: what the block reads meanwhile: the `float` stream, the stream `seen` from the blocks quantised so far,
-            or both, `mixed`, counting half each. The outputs aimed at are those of the float stream always.
+            or both, `mixed`, counting half each. The outputs aimed at are what the float block makes of the same: a
+            block that makes up for what earlier ones got wrong suits the calibration text and hardly any other.
         rate: of learning transforms and weight scales, at the start.
         clip_rate: of learning the logits of clips.
         seed: of the order of sequences, and of the rotation that is fallen back to.
@@ -89,9 +90,7 @@ def refine_block(
     progress: Progress | None = None,
 ) -> Refined:
     """Refine `factors` from the clips that `starting_clips` finds; see `refine`."""
-    angles = Angles.of(block.config, streams.seen.shape[1], streams.seen.device)
-    moments = gather_moments(block, (streams.seen[part] for part in streams.batches()), angles)
-    clips = starting_clips(block, factors, moments, streams, outputs, scheme)
+    clips = starting_clips(block, factors, streams, outputs, scheme)
     return refine(block, factors, clips, streams, outputs, scheme, settings, progress)
 
 
@@ -124,25 +123,32 @@ def refine(
     """
     angles = Angles.of(block.config, streams.target.shape[1], streams.target.device)
     with fast_products():
-        task = _Task(block, streams, outputs, angles, scheme)
+        with torch.no_grad():
+            parts = [run_block(block.config, FloatHooks(block), x, angles) for x in torch.split(streams.seen, 4)]
+        own = torch.cat(parts)
+        task = _Task(block, streams, {"float": outputs, "seen": own}, angles, scheme)
         start = _usable_start(task, dict(factors), dict(clips), settings.seed)
         return _learn(task, start, settings, progress or Silent())
 
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """What stays as it is while a block is learned."""
+    """What stays as it is while a block is learned; outputs are the float block's, for either stream."""
 
     block: Block
     streams: Streams
-    outputs: Tensor
+    outputs: Mapping[str, Tensor]
     angles: Angles
     scheme: Scheme
 
     def loss_of(self, factors: Mapping[Site, Factors], clips: Mapping[Site, float]) -> float:
         """Return the held-out loss with weights rounded to nearest."""
         hooks = rounded_to_nearest(self.block, factors, clips, self.scheme)
-        return held_out_loss(self.block, hooks, self.streams, self.outputs, self.angles)
+        return self.held_out(hooks)
+
+    def held_out(self, hooks: Hooks) -> float:
+        """Return the held-out loss of a block that runs with `hooks`."""
+        return held_out_loss(self.block, hooks, self.streams, self.outputs["seen"], self.angles)
 
 
 class Descent:
@@ -183,7 +189,7 @@ def _usable_start(task: _Task, factors: dict[Site, Factors], clips: dict[Site, f
     moments = gather_moments(task.block, (task.streams.target[part] for part in task.streams.batches()), task.angles)
     forms = forms_of_groups({"attn": "rotation", "ffn": "rotation"})
     factors = closed_form_factors(task.block, moments, forms, seed)
-    clips = starting_clips(task.block, factors, moments, task.streams, task.outputs, task.scheme)
+    clips = starting_clips(task.block, factors, task.streams, task.outputs["float"], task.scheme)
     evidence = {
         "held_out_losses": [task.loss_of(factors, clips)],
         "kept_epoch": 0,
@@ -216,7 +222,7 @@ def _learn(task: _Task, start: Refined, settings: Refinement, progress: Progress
             break
         trainable.fit_weight_scales()
         with torch.no_grad():
-            loss = held_out_loss(task.block, trainable.hooks(), task.streams, task.outputs, task.angles)
+            loss = task.held_out(trainable.hooks())
         if loss < losses[best.evidence["kept_epoch"]]:
             found: dict[str, Any] = {"kept_epoch": epoch, **state.evidence()}
             best = Refined(factors, clips, trainable.weight_scale_multipliers(), found)
@@ -231,15 +237,15 @@ def _learn(task: _Task, start: Refined, settings: Refinement, progress: Progress
 def _pass_over(task: _Task, trainable: Trainable, descent: Descent, batches: list[slice], inputs: Inputs) -> str | None:
     """Take one step for each of the batches; return what went wrong, if anything."""
     for part in batches:
-        given = {
-            "float": [task.streams.target[part]],
-            "seen": [task.streams.seen[part]],
-            "mixed": [task.streams.target[part], task.streams.seen[part]],
-        }[inputs]
+        given, wanted = [], []
+        for name, stream in (("float", task.streams.target), ("seen", task.streams.seen)):
+            if inputs in (name, "mixed"):
+                given.append(stream[part])
+                wanted.append(task.outputs[name][part])
         try:
             with torch.enable_grad():
                 found = run_block(task.block.config, trainable.hooks(), torch.cat(given), task.angles)
-                moved = descent.step(residual_loss(found, task.outputs[part].repeat(len(given), 1, 1)))
+                moved = descent.step(residual_loss(found, torch.cat(wanted)))
         except LinAlgError:
             return "a transform became singular"
         if not moved:

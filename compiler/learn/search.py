@@ -98,7 +98,7 @@ def search_block(block: Block, streams: Streams, outputs: Tensor, scheme: Scheme
     for kind in _KINDS:
         forms = forms_of_groups(dict.fromkeys(GROUPS, kind))
         factors = closed_form_factors(block, moments, forms, settings.seed)
-        branches[kind] = Branch(factors, starting_clips(block, factors, moments, streams, outputs, scheme))
+        branches[kind] = Branch(factors, starting_clips(block, factors, streams, outputs, scheme))
     return search_kinds(block, branches, streams, outputs, scheme, settings)
 
 

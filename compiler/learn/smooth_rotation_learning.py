@@ -85,13 +85,14 @@ def learn_scale(
     for step in range(learning.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning.rate * (1 + math.cos(math.pi * step / learning.steps)) / 2
-        scale = start * u.exp()
         if step % _REFIT == 0:
-            shares = weight_shares(weight, scale.detach(), rotation, form)
+            shares = weight_shares(weight, (start * u.exp()).detach(), rotation, form)
         drawn = torch.multinomial(chance, learning.tokens, replacement=True, generator=generator)
-        here = straight_through_errors(train.x[drawn], train.y[drawn], weight, scale, rotation, form, shares)
-        optimizer.zero_grad()
-        (here * counts[drawn]).mean().backward()  # type: ignore[no-untyped-call]
+        with torch.enable_grad():
+            scale = start * u.exp()
+            here = straight_through_errors(train.x[drawn], train.y[drawn], weight, scale, rotation, form, shares)
+            optimizer.zero_grad()
+            (here * counts[drawn]).mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         _project(u, learning.bound)
         if (step + 1) % _LOOK == 0 or step + 1 == learning.steps:

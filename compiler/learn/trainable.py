@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from planish.compiler.learn.block import MODULES, SITE_MODULES, Block
+from planish.compiler.learn.clip_parameter import clip_of, clip_parameter
 from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.fold import fold_block
 from planish.compiler.learn.low_bit import LowBitHooks
@@ -24,16 +25,13 @@ from planish.plugins.ops.quantize_activation import SMALLEST_SCALE
 
 __all__ = ["Trainable", "TrainableHooks", "round_activation_through", "round_cached_through", "round_to_grid"]
 
-#: A clip is the sigmoid of a parameter, which would be infinite at 1: where learning starts at most.
-_WIDEST_CLIP = 0.98
-
 
 class Trainable:
     """The parameters of one block, starting at given transforms and clips.
 
     A rotation Q becomes Q Cayley(A), an affine factor P becomes P (I + A), with A = 0 at the start: A lives in the
     basis in which values are rounded, where all channels are of a size, and so one learning rate fits them. A channel
-    scale keeps its sign. Clips are sigmoids of logits. A weight scale is that of least squared error at the last
+    scale keeps its sign. Clips are made of logits. A weight scale is that of least squared error at the last
     `fit_weight_scales`, moved along with the largest magnitude of its row, times the exponential of a parameter.
     """
 
@@ -51,8 +49,7 @@ class Trainable:
         bits |= {"key": scheme.key_bits, "value": scheme.value_bits}
         for site in bits:
             if bits[site] != FLOAT_BITS:
-                start = torch.tensor(min(clips.get(site, 1.0), _WIDEST_CLIP), device=device)
-                self._clip_logits[site] = start.logit().requires_grad_()
+                self._clip_logits[site] = clip_parameter(clips.get(site, 1.0), device)
         if not scheme.linear.is_float:
             for module in MODULES:
                 rows, k = block.weight(module).shape
@@ -74,7 +71,7 @@ class Trainable:
 
     def clips(self) -> dict[Site, float]:
         """Return the clips of the sites that have a grid."""
-        return {site: float(logit.detach().sigmoid()) for site, logit in self._clip_logits.items()}
+        return {site: float(clip_of(logit.detach())) for site, logit in self._clip_logits.items()}
 
     def weight_scale_multipliers(self) -> dict[str, Tensor]:
         """Return by module what multiplies the scales of least squared error, float32 [groups, out]."""
@@ -151,7 +148,7 @@ class TrainableHooks(LowBitHooks):
         return query, key, value
 
     def _clip(self, site: Site) -> Tensor:
-        return self._clip_logits[site].sigmoid()
+        return clip_of(self._clip_logits[site])
 
 
 class _Map:

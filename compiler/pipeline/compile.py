@@ -18,6 +18,7 @@ from planish.compiler.checkpoint.files import write_json
 from planish.compiler.checkpoint.first_layers import open_first_layers
 from planish.compiler.export.float_model import save_model
 from planish.compiler.export.portable import portable_model
+from planish.compiler.learn.rotated import RotatedCheckpoint
 from planish.compiler.pipeline.flatten import Flattening, check_calibration, flatten
 from planish.compiler.pipeline.high_impact import high_impact_fingerprint, read_high_impact, untransformed
 from planish.compiler.pipeline.plan import make_plan
@@ -60,6 +61,7 @@ def compile_model(
     select: str | None = None,
     plan: str | Path | None = None,
     high_impact: str | Path | None = None,
+    residual_rotation: bool | None = None,
     dataset: str | None = None,
     nsamples: int | None = None,
     seqlen: int | None = None,
@@ -90,6 +92,7 @@ def compile_model(
         select: see `Recipe`.
         plan: see `Recipe`.
         high_impact: see `Recipe`.
+        residual_rotation: see `Recipe`.
         dataset: see `Recipe`.
         nsamples: see `Recipe`.
         seqlen: see `Recipe`.
@@ -121,6 +124,7 @@ def compile_model(
         select=select,
         plan=None if plan is None else str(plan),
         high_impact=None if high_impact is None else str(high_impact),
+        residual_rotation=residual_rotation,
         dataset=dataset,
         nsamples=nsamples,
         seqlen=seqlen,
@@ -181,6 +185,7 @@ class _Compile:
     progress: Progress
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     drifts: tuple[PassDrift, ...] = ()
+    fallback: str | None = None
 
     def run(self) -> None:
         """Run the stages."""
@@ -188,18 +193,19 @@ class _Compile:
         self.checkpoint.write_sidecars(bundle)
         # The graph first: what it cannot express is refused before the long work, and its weights are read when saved.
         untouched = untransformed(self.checkpoint.config).with_high(self.high)
-        nearest = CodesOnDisk(self.work.codes, self.checkpoint, self.scheme, untouched.high)
+        codes = CodesOnDisk(self.work.codes, self.checkpoint, self.scheme, untouched.high)
         transforms = untouched if self.high else None
-        model, left_float = portable_model(self.checkpoint, self.scheme, nearest, transforms)
+        model, left_float = portable_model(self.checkpoint, self.scheme, codes, transforms)
         flattening = self._timed("flatten", self._flatten)
-        checkpoint, codes, rounded, rounded_codes = self.checkpoint, nearest, self.checkpoint, nearest
+        base = checkpoint = self.checkpoint
+        rounded = self.checkpoint, codes
         if flattening is not None:
-            checkpoint, transforms, codes = flattening.checkpoint, flattening.transforms, flattening.codes
-            rounded, rounded_codes = flattening.rounded
+            base, checkpoint, transforms = flattening.base, flattening.checkpoint, flattening.transforms
+            rounded, codes = flattening.rounded, flattening.codes
             model, left_float = portable_model(self.checkpoint, self.scheme, codes, transforms)
-        self._timed("quantise", lambda: self._quantize(untouched.high))
+        nearest = self._timed("quantise", lambda: self._quantize(base, untouched.high))
         if not self.scheme.lm_head.is_float:
-            for each in (codes, rounded_codes):
+            for each in (codes, rounded[1]):
                 each.share(LM_HEAD, nearest)
         self._stage("portable model", bundle, lambda: save_model(model, bundle, self._steps("portable model")))
         for target in targets:
@@ -211,12 +217,14 @@ class _Compile:
             "verify", lambda: verify(checkpoint, self.scheme, codes, checked / MODEL_FILE, tokens, transforms)
         )
         plan = self._timed(
-            "plan", lambda: make_plan(rounded, self.scheme, rounded_codes, left_float, self._steps("plan"))
+            "plan", lambda: make_plan(rounded[0], self.scheme, rounded[1], left_float, self._steps("plan"))
         )
         if flattening is not None:
             plan["transforms"] = flattening.plan
         if transforms is not None:
             save_transforms(transforms, bundle)
+        if self.fallback is not None:
+            plan["fallback"] = self.fallback
         write_json(bundle / PLAN_FILE, plan)
         self._repeatable_recipe().write(bundle / RECIPE_FILE)
         manifest = self._manifest()
@@ -224,22 +232,31 @@ class _Compile:
         manifest.write(bundle)
 
     def _flatten(self) -> Flattening | None:
-        policy = self.recipe.parsed_policy()
+        policy, base = self.recipe.parsed_policy(), self.checkpoint
         if policy.name == "none":
             return None
+        if self.recipe.residual_rotation:
+            base = RotatedCheckpoint(base, self.calibration.seed)
         self.work.codes.mkdir(exist_ok=True)
+        codes = CodesOnDisk(self.work.codes, base, self.scheme)
         flattening = flatten(
-            self.checkpoint,
+            base,
             self.scheme,
             policy,
             self.calibration,
             self.recipe.refine,
             self._polish_epochs(),
             self.work.flatten,
-            CodesOnDisk(self.work.codes, self.checkpoint, self.scheme),
+            codes,
             self.high,
             self.progress,
         )
+        if flattening.lost_to_nearest is not None:
+            self.progress.say(f"flattening does not pay: {flattening.lost_to_nearest}")
+            if self.recipe.leaves_policy_open:
+                self.fallback = f"nothing is flattened: {flattening.lost_to_nearest}"
+                codes.drop()
+                return None
         if self.recipe.verify_passes:
             self.progress.say("verifying the passes that flatten")
             self.drifts = verify_flattening(self.checkpoint, flattening.transforms)
@@ -259,11 +276,11 @@ class _Compile:
             return 0
         return _POLISH_EPOCHS
 
-    def _quantize(self, high: HighImpactOf) -> None:
+    def _quantize(self, base: Checkpoint, high: HighImpactOf) -> CodesOnDisk:
         def step(_: str, done: int, total: int) -> None:
             self.progress.step("quantise", done, total)
 
-        quantize_checkpoint(self.checkpoint, self.scheme, self.work.codes, step, high)
+        return quantize_checkpoint(base, self.scheme, self.work.codes, step, high)
 
     def _lower(self, target: str) -> None:
         lower(target, self.work.bundle, self.recipe, self.checkpoint.config.max_context, self.progress)

@@ -28,10 +28,13 @@ class Recipe(BaseModel):
         scheme: bits per tensor role, such as w4a4k4v4.
         lm_head: format of the output projection, such as w8a8; None is the default of `Scheme.parse`.
         select: the policy that picks a transform per site, see `SelectionPolicy.parse`; `none` rounds to nearest
-            without any, `auto` is `none` for float linears and `fixed:affine` for all others.
+            without any, `auto` is `none` for float linears, and for others `measured` within a tenth of their FLOPs, or
+            what `fixed:affine` costs if that is more.
         plan: a plan.json whose transforms are made instead of choosing any; for the same model.
         high_impact: a folder with a plan.safetensors, such as a bundle, whose high-impact channels keep more bits; None
             takes those of the plan, if that has any.
+        residual_rotation: rotate the residual stream, folded into the weights at no cost at run time, before transforms
+            are chosen and fitted.
         dataset: calibration text, as the three settings below; see `CalibrationSettings`.
         nsamples: calibration sequences.
         seqlen: tokens in each; None is 512, or what the model was made for where that is less.
@@ -57,6 +60,7 @@ class Recipe(BaseModel):
     select: str = "auto"
     plan: str | None = None
     high_impact: str | None = None
+    residual_rotation: bool = False
     dataset: str = SELF
     nsamples: int = 16
     seqlen: int | None = None
@@ -95,17 +99,13 @@ class Recipe(BaseModel):
         return Scheme.parse(self.scheme, self.lm_head)
 
     def parsed_policy(self) -> SelectionPolicy:
-        """Return the selection policy; `auto` is resolved.
+        """Return the selection policy; `auto` is `none` where linears stay in floating point.
 
         Raises:
-            SelectionError: if it cannot be read, is not built yet, contradicts a plan, or needs low-bit linears and the
+            SelectionError: if it cannot be read, contradicts a plan, or needs low-bit linears and the
                 scheme has none.
         """
         policy = SelectionPolicy.parse(self.select)
-        if policy.name == "search":
-            raise SelectionError(
-                "The policy search is not built yet. Give fixed:rotation, fixed:affine, kurtosis or measured."
-            )
         if self.plan is not None:
             if policy.name != "auto":
                 raise SelectionError(
@@ -114,13 +114,23 @@ class Recipe(BaseModel):
                 )
             policy = SelectionPolicy("plan", plan=Path(self.plan))
         if self.parsed_scheme().linear.is_float:
-            if policy.name in ("auto", "none"):
+            if policy.name in ("auto", "none") and not self.residual_rotation:
                 return SelectionPolicy("none")
             raise SelectionError(
                 f"The policy {policy} flattens what linears round, and {self.scheme} leaves linears in floating "
-                "point. Leave out --select and --plan, or give the linears low bits."
+                "point. Leave out --select, --plan and --residual-rotation, or give the linears low bits."
             )
-        return SelectionPolicy.parse("fixed:affine") if policy.name == "auto" else policy
+        if policy.name == "none" and self.residual_rotation:
+            raise SelectionError(
+                "A rotation of the residual stream is what transforms stand on, and the policy none makes none. "
+                "Leave out --residual-rotation, or give --select measured:0, which allows nothing that runs online."
+            )
+        return policy
+
+    @property
+    def leaves_policy_open(self) -> bool:
+        """Whether the compiler may choose how, and whether, to flatten."""
+        return self.plan is None and SelectionPolicy.parse(self.select).name == "auto"
 
     def calibration(self, context: int | None = None) -> CalibrationSettings:
         """Return what to calibrate on, for a model made for `context` tokens; None where that is not known yet.

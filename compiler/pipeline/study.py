@@ -16,15 +16,17 @@ from planish.compiler.pipeline.flatten import calibration_on_disk, check_calibra
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.pipeline.work_folder import code_fingerprint
 from planish.compiler.progress import Progress
+from planish.compiler.select.choose_forms import choose_forms
 from planish.compiler.select.kurtosis import KurtosisRule, read_kurtosis
 from planish.compiler.select.measure_forms import measure_forms
+from planish.compiler.select.policy import SelectionPolicy
 from planish.compiler.select.study import SelectionStudy, study_selection
 
 __all__ = ["measure_perplexities", "study_checkpoint"]
 
 
-def study_checkpoint(recipe: Recipe, folder: Path, progress: Progress) -> SelectionStudy:
-    """Measure what every form costs on the model of `recipe`, and compare the policies by it.
+def study_checkpoint(recipe: Recipe, folder: Path, progress: Progress, search: bool = False) -> SelectionStudy:
+    """Measure what every form costs on the model of `recipe`, and compare the policies by it; `search` if wanted.
 
     What is measured is kept in `folder`, apart for each set of settings: a killed run goes on, and two never mix.
 
@@ -43,7 +45,11 @@ def study_checkpoint(recipe: Recipe, folder: Path, progress: Progress) -> Select
     tokens = calibration_on_disk(checkpoint, settings, work, progress)
     errors = measure_forms(checkpoint, scheme, tokens, work, progress)
     kurtosis = read_kurtosis(checkpoint, KurtosisRule(), lambda done, total: progress.step("kurtosis", done, total))
-    return study_selection(checkpoint.config, errors, kurtosis)
+    searched = None
+    if search:
+        policy = SelectionPolicy.parse("search")
+        searched = choose_forms(checkpoint, scheme, policy, tokens, work, progress, settings.seed)
+    return study_selection(checkpoint.config, errors, kurtosis, searched)
 
 
 def measure_perplexities(

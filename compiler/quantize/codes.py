@@ -112,6 +112,11 @@ class CodesOnDisk:
         if not self.has(part):
             os.link(other._path(part), self._path(part))
 
+    def drop(self) -> None:
+        """Delete all codes."""
+        for path in self._folder.glob("*.safetensors"):
+            path.unlink()
+
     def _path(self, part: str) -> Path:
         return self._folder / f"{part}.safetensors"
 

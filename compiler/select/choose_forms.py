@@ -11,12 +11,14 @@ import numpy.typing as npt
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.errors import SelectionError
 from planish.compiler.learn.candidates import Form
+from planish.compiler.learn.search import Searched
 from planish.compiler.progress import Progress
 from planish.compiler.select.budget import Candidate, choose
-from planish.compiler.select.forms import MEASURED_FORMS, SITE_GROUPS, forms_of_groups
+from planish.compiler.select.forms import MEASURED_FORMS, SITE_GROUPS, form_of, forms_of_groups
 from planish.compiler.select.kurtosis import Group, KurtosisRule, read_kurtosis, select_by_kurtosis
 from planish.compiler.select.measure_forms import FormErrors, measure_forms
-from planish.compiler.select.policy import SelectionPolicy, linear_flops
+from planish.compiler.select.policy import DEFAULT_BUDGET, SelectionPolicy, linear_flops
+from planish.compiler.select.search_forms import search_forms
 from planish.compiler.select.site_choice import read_choices
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, Site
@@ -44,6 +46,7 @@ def choose_forms(
     token_ids: npt.NDArray[np.int64],
     folder: Path,
     progress: Progress,
+    seed: int = 0,
 ) -> list[ChosenForms]:
     """Return the forms of every block.
 
@@ -54,6 +57,7 @@ def choose_forms(
         token_ids: calibration sequences, int64 [sequences, seq].
         folder: to keep measurements in, so that a killed run need not repeat them.
         progress: is told about long work.
+        seed: of the search.
 
     Raises:
         CalibrationError: if what flows through the model is not finite, or there are too few sequences.
@@ -64,14 +68,24 @@ def choose_forms(
     if policy.plan is not None:
         return forms_of_plan(policy.plan, checkpoint)
     if policy.kind is not None:
-        return [ChosenForms(forms_of_groups({"attn": policy.kind, "ffn": policy.kind}))] * layers
+        forms = forms_of_groups({"attn": policy.kind, "ffn": policy.kind})
+        if policy.smooth:
+            forms["ffn_out"] = "smooth"
+        return [ChosenForms(forms)] * layers
     if policy.rule is not None:
         statistics = read_kurtosis(checkpoint, policy.rule, lambda done, total: progress.step("kurtosis", done, total))
         return forms_by_kurtosis(statistics, policy.rule)
-    if policy.budget is not None:
-        errors = measure_forms(checkpoint, scheme, token_ids, folder, progress)
-        return forms_within_budget(errors, round(policy.budget * linear_flops(checkpoint.config)))
-    raise SelectionError(f"The policy {policy} chooses no transforms yet. Give fixed, kurtosis or measured.")
+    if policy.name in ("measured", "auto"):
+        errors, budget = measure_forms(checkpoint, scheme, token_ids, folder, progress), policy.budget
+        flops = round((DEFAULT_BUDGET if budget is None else budget) * linear_flops(checkpoint.config))
+        # What `fixed:affine` costs, the default may cost too: so the best choice is never worse than that one.
+        return forms_within_budget(errors, max(flops, _affine_cost(errors)) if policy.name == "auto" else flops)
+    if policy.name == "search":
+        searched = search_forms(
+            checkpoint, scheme, token_ids, folder, seed, lambda done, total: progress.step("search", done, total)
+        )
+        return [_of_search(each) for each in searched]
+    raise SelectionError(f"The policy {policy} chooses no transforms.")
 
 
 def forms_of_plan(path: Path, checkpoint: Checkpoint) -> list[ChosenForms]:
@@ -117,6 +131,18 @@ def forms_within_budget(errors: Sequence[FormErrors], budget: int) -> list[Chose
         )
         for of_layer in errors
     ]
+
+
+def _affine_cost(errors: Sequence[FormErrors]) -> int:
+    return sum(of_layer.flops[site][form_of(site, "affine")] for of_layer in errors for site in SITES)
+
+
+def _of_search(found: Searched) -> ChosenForms:
+    fallback = {"fell back to a rotation": 1.0} if found.fallback else {}
+    evidence = {
+        site: {**found.evidence.get(group, {}), **fallback} for group, sites in SITE_GROUPS.items() for site in sites
+    }
+    return ChosenForms(forms_of_groups(found.kinds), evidence)
 
 
 def _evidence(errors: Mapping[Form, float]) -> dict[str, float]:

@@ -21,7 +21,8 @@ MEASURED_FORMS: dict[Site, tuple[Form, ...]] = {
 }
 #: The forms that a plan may name at every site.
 SITE_FORMS: dict[Site, tuple[Form, ...]] = {
-    site: (*forms, "hadamard", *(("dense",) if site == "ffn_out" else ())) for site, forms in MEASURED_FORMS.items()
+    site: (*forms, "hadamard", *(("smooth", "dense") if site == "ffn_out" else ()))
+    for site, forms in MEASURED_FORMS.items()
 }
 
 #: Group of linears -> the sites in front of them. The kind of a group is that of all its sites.

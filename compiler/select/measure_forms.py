@@ -1,9 +1,9 @@
 """Measure what every form costs in accuracy: the error of a block's output with one site of it low-bit."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,29 +12,26 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from planish.compiler.checkpoint import Checkpoint
-from planish.compiler.checkpoint.files import write_json
-from planish.compiler.learn.block import SITE_MODULES, Angles, Block, FloatHooks, read_block, run_block
+from planish.compiler.learn.block import SITE_MODULES, Angles, Block, FloatHooks, run_block
 from planish.compiler.learn.candidates import Form
-from planish.compiler.learn.clips import search_clip
+from planish.compiler.learn.clips import read_heads, search_clip, search_kv_clip
 from planish.compiler.learn.factors import Factors
-from planish.compiler.learn.flattening import finite_outputs, held_out_sequences, naming_block
-from planish.compiler.learn.low_bit import round_activation, round_cached
-from planish.compiler.learn.precision import fast_products
+from planish.compiler.learn.low_bit import round_activation, round_mapped
 from planish.compiler.learn.site_factors import closed_form_factors
 from planish.compiler.learn.site_moments import gather_moments, residual_weights
-from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.streams import Streams
 from planish.compiler.progress import Progress
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
-from planish.compiler.select.forms import MEASURED_FORMS, online_flops
+from planish.compiler.select.float_blocks import visit_float_blocks
+from planish.compiler.select.forms import MEASURED_FORMS, form_of, online_flops
 from planish.compiler.select.rho import rho_of
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, Site
 
 __all__ = ["FormErrors", "measure_forms"]
 
-#: Rows on which clips are searched.
-_CLIP_ROWS = 1024
+#: Rows on which clips are searched, and sequences for those of the cache: fewer than flattening takes, for many forms.
+_CLIP_ROWS, _CLIP_SEQUENCES = 256, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +43,8 @@ class FormErrors:
             float output and y' that with only this site low-bit: its input and weights, or the keys, or the values.
             Infinite where what flows there has no such form, or rounding it gives NaN or infinity.
         flops: by site and form, what it costs online, per token.
-        rho: by site of a linear and form, how many times less error moments predict than with a rotation that has no
-            channel scale; see `rho_of`.
+        rho: by site of a linear and the forms that stand for the kinds there, how many times less error moments predict
+            than with a rotation that has no channel scale; see `rho_of`.
     """
 
     errors: dict[Site, dict[Form, float]]
@@ -55,35 +52,27 @@ class FormErrors:
     rho: dict[Site, dict[Form, float]]
 
 
-@torch.no_grad()
 def measure_forms(
     checkpoint: Checkpoint, scheme: Scheme, token_ids: npt.NDArray[np.int64], folder: Path, progress: Progress
 ) -> list[FormErrors]:
-    """Return the errors at every block, on float inputs, keeping each block's in `folder`.
+    """Return the errors at every block; see `visit_float_blocks` for what is kept in `folder`.
 
     Transforms are fitted to all calibration sequences but the last eighth, on which errors are measured.
     """
-    config, found = checkpoint.config, []
-    files = StreamFiles(folder / "measure", held_out_sequences(len(token_ids)))
-    if files.newest() is None:
-        table = torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight").astype(np.float32))
-        files.begin(token_ids, lambda ids: table[ids])
-    angles = Angles.of(config, token_ids.shape[1])
-    with fast_products():
-        for layer in range(config.num_hidden_layers):
-            path = folder / f"forms-{layer}.json"
-            # The streams go on after the errors are kept, so a run that was killed between the two does only that.
-            if files.newest() == layer:
-                block, streams = read_block(checkpoint, layer), files.open(layer)
-                outputs = finite_outputs(block, streams, angles, layer)
-                if not path.exists():
-                    with naming_block(layer):
-                        measured = _measure_block(block, streams, outputs, angles, scheme)
-                    write_json(path, dataclasses.asdict(measured))
-                files.advance(layer, outputs, lambda x: x)
-            found.append(FormErrors(**json.loads(path.read_text(encoding="utf-8"))))
-            progress.step("measure transforms", layer + 1, config.num_hidden_layers)
-    return found
+    angles = Angles.of(checkpoint.config, token_ids.shape[1])
+
+    def visit(block: Block, streams: Streams, outputs: Tensor) -> dict[str, Any]:
+        return dataclasses.asdict(_measure_block(block, streams, outputs, angles, scheme))
+
+    found = visit_float_blocks(
+        checkpoint,
+        token_ids,
+        folder,
+        "forms",
+        visit,
+        lambda done, total: progress.step("measure transforms", done, total),
+    )
+    return [FormErrors(**each) for each in found]
 
 
 def _measure_block(block: Block, streams: Streams, outputs: Tensor, angles: Angles, scheme: Scheme) -> FormErrors:
@@ -91,7 +80,9 @@ def _measure_block(block: Block, streams: Streams, outputs: Tensor, angles: Angl
     sample = _Sampling(block)
     first = next(iter(streams.batches()))
     run_block(block.config, sample, streams.target[first], angles)
-    weights = residual_weights(outputs[first])[:_CLIP_ROWS]
+    weights = residual_weights(outputs[first])
+    few, output = streams.target[first][:_CLIP_SEQUENCES], block.weight("self_attn.o_proj")
+    heads, few_weights = read_heads(block, few, angles), weights[: few.shape[0] * few.shape[1]]
     result = FormErrors({site: {} for site in SITES}, {site: {} for site in SITES}, {site: {} for site in SITES})
     widths = {site: x.shape[-1] for site, x in sample.seen.items()}
     for site in SITES:
@@ -105,8 +96,12 @@ def _measure_block(block: Block, streams: Streams, outputs: Tensor, angles: Angl
                 continue
             hooks = _OneSite(block, site, factors, scheme)
             if site in SITE_MODULES:
-                hooks.round_linears(sample.seen[site].flatten(0, -2)[:_CLIP_ROWS], weights)
-                result.rho[site][form] = rho_of(factors, moments.inputs[site], moments.weights[site])
+                hooks.round_linears(sample.seen[site].flatten(0, -2)[:_CLIP_ROWS], weights[:_CLIP_ROWS])
+                if form in (form_of(site, "rotation"), form_of(site, "affine")):
+                    result.rho[site][form] = rho_of(factors, moments.inputs[site], moments.weights[site])
+            else:
+                bits = scheme.key_bits if site == "key" else scheme.value_bits
+                hooks.clip = search_kv_clip(site, factors, bits, heads, output, few_weights)
             error = _held_out_error(block, hooks, streams, outputs, angles)
             result.errors[site][form] = error if math.isfinite(error) else math.inf
             result.flops[site][form] = online_flops(site, stored, block.config)
@@ -142,7 +137,7 @@ class _OneSite(FloatHooks):
         super().__init__(block)
         self._site, self._factors, self._scheme = site, factors, scheme
         self._weights: dict[str, Tensor] = {}
-        self._clip = 1.0
+        self.clip = 1.0
 
     def round_linears(self, rows: Tensor, token_weights: Tensor) -> None:
         """Round the linears of the site, and find its clip on `rows` [tokens, n]."""
@@ -151,13 +146,13 @@ class _OneSite(FloatHooks):
             mapped = self._factors.apply_to_weight(self._block.weight(module).double()).float()
             self._weights[module] = dequantize_weight(quantize_weight(mapped, form))
         stacked = torch.cat(list(self._weights.values()))
-        self._clip = search_clip(self._factors.apply(rows), stacked, form, token_weights)
+        self.clip = search_clip(self._factors.apply(rows), stacked, form, token_weights)
 
     def site(self, site: Site, x: Tensor) -> Tensor:
         """Transform and round at the one site."""
         if site != self._site:
             return x
-        return round_activation(self._factors.apply(x), self._scheme.linear.activation_bits, self._clip)
+        return round_activation(self._factors.apply(x), self._scheme.linear.activation_bits, self.clip)
 
     def linear(self, module: str, x: Tensor) -> Tensor:
         """Return the output of a linear, rounded or not."""
@@ -174,8 +169,4 @@ class _OneSite(FloatHooks):
         return query, key, value
 
     def _stored(self, x: Tensor, bits: int) -> Tensor:
-        right = self._factors.right
-        if right is None:
-            return round_cached(x, bits)
-        back: Tensor = torch.linalg.inv(right)
-        return round_cached(x @ right, bits) @ back
+        return round_mapped(x, self._factors.right, bits, self.clip)

@@ -21,10 +21,11 @@ PolicyName = Literal["none", "fixed", "kurtosis", "search", "measured", "plan", 
 DEFAULT_BUDGET = 0.1
 
 _SPELLINGS = (
-    "none, fixed:rotation, fixed:affine, kurtosis[:z|:raw|:topm=ATTN,FFN][:mean|:max|:concat][:o], "
+    "none, fixed:rotation[:smooth], fixed:affine, kurtosis[:z|:raw|:topm=ATTN,FFN][:mean|:max|:concat][:o], "
     "search, measured[:BUDGET], auto"
 )
 _FIXED: tuple[Kind, ...] = ("rotation", "affine")
+_SMOOTH = "smooth"
 #: Option of `kurtosis` that counts o_proj in.
 _OUTPUT = "o"
 
@@ -38,6 +39,7 @@ class SelectionPolicy:
             `search` learns both kinds at once; `measured` takes the least error that was measured within a budget;
             `plan` takes the forms that a plan.json names, which no spelling gives; `auto` leaves it to the compiler.
         kind: of `fixed`, else None.
+        smooth: of `fixed:rotation`: the channel scale at ffn_out is the one that `smooth_rotation` chooses.
         rule: of `kurtosis`, else None.
         budget: of `measured`, else None: what the online transforms may cost, as a share of `linear_flops`.
         plan: of `plan`, else None: the plan.json.
@@ -45,6 +47,7 @@ class SelectionPolicy:
 
     name: PolicyName
     kind: Kind | None = None
+    smooth: bool = False
     rule: KurtosisRule | None = None
     budget: float | None = None
     plan: Path | None = None
@@ -72,7 +75,7 @@ class SelectionPolicy:
     def __str__(self) -> str:
         options: list[str] = []
         if self.kind is not None:
-            options = [self.kind]
+            options = [self.kind, _SMOOTH] if self.smooth else [self.kind]
         elif self.budget is not None:
             options = [f"{self.budget:g}"]
         elif self.plan is not None:
@@ -108,6 +111,8 @@ def _plain(name: PolicyName) -> Callable[[str, list[str]], SelectionPolicy]:
 
 
 def _fixed(text: str, options: list[str]) -> SelectionPolicy:
+    if options == ["rotation", _SMOOTH]:
+        return SelectionPolicy("fixed", kind="rotation", smooth=True)
     for kind in _FIXED:
         if options == [kind]:
             return SelectionPolicy("fixed", kind=kind)

@@ -88,14 +88,18 @@ class SelectionStudy:
 
 
 def study_selection(
-    config: LlamaConfig, errors: Sequence[FormErrors], kurtosis: Mapping[Group, npt.ArrayLike]
+    config: LlamaConfig,
+    errors: Sequence[FormErrors],
+    kurtosis: Mapping[Group, npt.ArrayLike],
+    searched: Sequence[ChosenForms] | None = None,
 ) -> SelectionStudy:
-    """Compare fixed, kurtosis and measured policies.
+    """Compare fixed, kurtosis and measured policies, and the search where it was run.
 
     Args:
         config: of the model.
         errors: of every form at every site, by layer; see `measure_forms`.
         kurtosis: of both groups by layer; see `read_kurtosis`.
+        searched: what the policy `search` chose, by layer.
 
     Raises:
         SelectionError: if a rotation or an affine form of some site has no finite error.
@@ -119,6 +123,8 @@ def study_selection(
     by_policy |= {SelectionPolicy("kurtosis", rule=rule): forms_by_kurtosis(kurtosis, rule) for rule in _rules(groups)}
     budget = round(DEFAULT_BUDGET * flops)
     by_policy[SelectionPolicy("measured", budget=DEFAULT_BUDGET)] = forms_within_budget(errors, budget)
+    if searched is not None:
+        by_policy[SelectionPolicy("search")] = list(searched)
     policies = [study(policy, chosen) for policy, chosen in by_policy.items()]
     return SelectionStudy(policies, groups, [_verdict(group, found) for group, found in groups.items()])
 

@@ -138,12 +138,13 @@ def test_a_bundle_without_transforms_has_no_plan(compiled: Callable[..., Any], b
 def test_a_study_of_selection(run: Run, tiny: Path, text: Path, tmp_path: Path) -> None:
     few = ("--dataset", text, "--nsamples", 6, "--seqlen", 32, "--polish", 0)
     options = ("--scheme", "w3a3k3v3", *few, "-o", tmp_path / "study", "--perplexity", text, "--windows", 2)
+    options += ("--search",)
     done = run("study", "selection", tiny, *options, "--json")
     assert done.code == 0, done.err
     found = done.json
     policies = [each["policy"] for each in found["policies"]]
     assert policies[:2] == ["fixed:rotation", "fixed:affine"]
-    assert policies[-1] == "measured:0.1"
+    assert policies[-2:] == ["measured:0.1", "search"]
     assert set(found["perplexity"]) == {"none", *policies}
     assert all(perplexity > 1 for perplexity in found["perplexity"].values())
     for sentence in found["verdict"]:

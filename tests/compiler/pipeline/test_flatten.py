@@ -9,10 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.errors import CalibrationError, PlanError
+from planish.compiler.learn.flattening import held_out_sequences
+from planish.compiler.pipeline import flatten as flatten_module
 from planish.compiler.pipeline.compile import compile_model
 from planish.compiler.progress import Silent
 from planish.compiler.select.plan_file import load_transforms
@@ -52,6 +57,18 @@ def contents(bundle: Bundle) -> dict[str, bytes]:
     return {name: (bundle.path / name).read_bytes() for name in names}
 
 
+def divergence_from_transformers(model: Path, bundle: Bundle, settings: dict[str, Any]) -> float:
+    """Return KL(float || bundle) per token, nats, on the sequences that flattening holds out."""
+    tokens = calibration_tokens(settings["dataset"], open_checkpoint(model), nsamples=6, seqlen=32, seed=0)
+    ids = tokens[-held_out_sequences(6) :]
+    with torch.no_grad():
+        expected = LlamaForCausalLM.from_pretrained(model)(torch.from_numpy(ids)).logits.double().log_softmax(-1)
+    session = bundle.session()
+    logits = torch.from_numpy(session.run(ids, session.empty_cache(len(ids)))[0])
+    found = logits.reshape(expected.shape).double().log_softmax(-1)
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
 def report(bundle: Bundle) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((bundle.path / "report" / "report.json").read_text())
     return found
@@ -65,6 +82,7 @@ def report(bundle: Bundle) -> dict[str, Any]:
         ("head_dim", "w4a4k4v4", "fixed:affine"),
         ("attention_bias", "w4a4k4v4g32", "kurtosis"),
         ("mlp_bias", "w4a8kv8", "fixed:rotation"),
+        ("gqa", "w4a4k4v4", "fixed:rotation:smooth"),
         ("tied", "w3a3k3v3", "fixed:affine"),
         ("untied", "w3a16", "measured:0.5"),
         ("rope_dynamic", "w2a16g32", "fixed:affine"),
@@ -178,3 +196,53 @@ def test_the_default_length_shrinks_to_the_context(tiny: Path, tmp_path: Path, f
     with pytest.raises(CalibrationError, match="longer than the model's context of 256"):
         compile_model(tiny, tmp_path / "other", **settings, seqlen=257)
     assert not (tmp_path / "other.partial").exists()
+
+
+@pytest.mark.parametrize("select", ["measured:0", "fixed:affine"])
+@pytest.mark.parametrize("variant", ["gqa", "tied", "attention_bias"])
+def test_on_a_rotated_residual_stream(variant: str, select: str, tmp_path: Path, few: dict[str, Any]) -> None:
+    model = write_tiny(tmp_path / "model", **VARIANTS[variant])
+    settings = {**few, "select": select, "residual_rotation": True, "polish": 1}
+    made = compile_model(model, tmp_path / "out", **settings)
+    found = report(made)
+    assert found["verification"]["logits_error"] < 1e-5
+    assert "FoldResidualRotationPass" in found["passes"]
+    assert load_transforms(made.path, open_checkpoint(model).config).residual is not None
+    plan = json.loads((made.path / "plan.json").read_text())
+    if select == "measured:0":
+        assert all(each["cost_flops"] == 0 for each in plan["transforms"]["sites"])
+    # The recipe repeats it.
+    again = compile_model(None, tmp_path / "again", recipe=made.path / "recipe.yaml")
+    assert contents(again) == contents(made)
+
+
+@pytest.mark.parametrize("select", ["auto", "fixed:affine"])
+def test_what_loses_to_rounding_to_nearest(
+    select: str, tiny: Path, tmp_path: Path, few: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not kept unless it was asked for by name, and is said in either case."""
+    monkeypatch.setattr(flatten_module, "_divergence", lambda *_: {"rounded to nearest": 0.25, "flattened": 0.5})
+    heard = Heard()
+    made = compile_model(tiny, tmp_path / "out", progress=heard, **{**few, "select": select})
+    words = "flattened, the model is 0.5 nats per held-out token from the float one, and only 0.25 rounded to nearest"
+    assert any(words in message for message in heard.messages)
+    plan = json.loads((made.path / "plan.json").read_text())
+    if select != "auto":
+        assert "fallback" not in plan
+        assert plan["transforms"]["held_out_divergence"] == {"rounded to nearest": 0.25, "flattened": 0.5}
+        return
+    assert words in plan["fallback"]
+    assert words in (made.path / "report" / "report.html").read_text()
+    plain = compile_model(tiny, tmp_path / "plain", scheme=SCHEME, select="none")
+    name = "engines/ort/model.onnx.data"
+    assert (made.path / name).read_bytes() == (plain.path / name).read_bytes()
+    assert not (made.path / "plan.safetensors").exists()
+
+
+def test_the_default_is_closer_than_rounding_to_nearest(tiny: Path, tmp_path: Path, few: dict[str, Any]) -> None:
+    """Whatever it does: measured on the held-out text by the compiled models and transformers, not by what chose."""
+    found = {}
+    for select in ("auto", "none"):
+        made = compile_model(tiny, tmp_path / select, **{**few, "scheme": "w3a3k3v3", "select": select, "polish": 2})
+        found[select] = divergence_from_transformers(tiny, made, few)
+    assert found["auto"] <= found["none"] * 1.02

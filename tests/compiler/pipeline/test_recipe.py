@@ -49,7 +49,7 @@ def test_missing_recipe(tmp_path: Path) -> None:
 
 
 def test_auto_follows_the_scheme() -> None:
-    assert str(Recipe(model="a", scheme="w4a4").parsed_policy()) == "fixed:affine"
+    assert str(Recipe(model="a", scheme="w4a4").parsed_policy()) == "auto"
     assert str(Recipe(model="a", scheme="w16a16k4v4").parsed_policy()) == "none"
     assert str(Recipe(model="a", scheme="w16a16k4v4", select="none").parsed_policy()) == "none"
 
@@ -63,9 +63,10 @@ def test_a_plan_is_a_policy() -> None:
     ("settings", "message"),
     [
         ({"select": "best"}, "'best' is not a selection policy"),
-        ({"select": "search"}, "search is not built yet"),
         ({"select": "measured", "plan": "plan.json"}, "Leave out --plan or --select"),
         ({"scheme": "w16a16", "select": "kurtosis"}, "leaves linears in floating point"),
+        ({"select": "none", "residual_rotation": True}, "what transforms stand on"),
+        ({"scheme": "w16a16", "residual_rotation": True}, "leaves linears in floating point"),
         ({"scheme": "w16a16", "plan": "plan.json"}, "leaves linears in floating point"),
     ],
 )

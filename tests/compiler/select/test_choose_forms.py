@@ -129,6 +129,18 @@ def test_forms_that_a_site_does_not_take() -> None:
         SiteChoice(**{**choice.model_dump(), "form": "dense", "kind": "affine"})
 
 
-def test_search_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(SelectionError, match="search chooses no transforms yet"):
-        chosen(checkpoint, SelectionPolicy.parse("search"), tmp_path)
+def test_the_default_is_never_worse_than_a_fixed_kind(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the errors that were measured, even where the usual budget would not buy the fixed kind."""
+    errors = some_errors()
+    monkeypatch.setattr(module, "measure_forms", lambda *_: errors)
+    monkeypatch.setattr(module, "DEFAULT_BUDGET", 0.0)
+
+    def lost(forms: list[dict[Site, Form]]) -> float:
+        return sum(each.errors[site][made[site]] for each, made in zip(errors, forms, strict=True) for site in SITES)
+
+    auto = chosen(checkpoint, SelectionPolicy.parse("auto"), tmp_path)
+    for kind in ("affine", "rotation"):
+        assert lost(auto) <= lost(chosen(checkpoint, SelectionPolicy.parse(f"fixed:{kind}"), tmp_path))
+    assert lost(chosen(checkpoint, SelectionPolicy.parse("measured:0"), tmp_path)) > lost(auto)

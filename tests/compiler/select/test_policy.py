@@ -21,6 +21,7 @@ def kurtosis(*args: object, **options: object) -> SelectionPolicy:
         (" Auto ", SelectionPolicy("auto"), "auto"),
         ("search", SelectionPolicy("search"), "search"),
         ("fixed:rotation", SelectionPolicy("fixed", kind="rotation"), "fixed:rotation"),
+        ("fixed:rotation:smooth", SelectionPolicy("fixed", kind="rotation", smooth=True), "fixed:rotation:smooth"),
         ("FIXED:affine", SelectionPolicy("fixed", kind="affine"), "fixed:affine"),
         ("measured", SelectionPolicy("measured", budget=0.1), "measured:0.1"),
         ("measured:0", SelectionPolicy("measured", budget=0), "measured:0"),
@@ -50,6 +51,7 @@ def test_a_policy_is_read_and_written(text: str, policy: SelectionPolicy, canoni
         ("fixed", "needs one kind"),
         ("fixed:identity", "needs one kind"),
         ("fixed:rotation:affine", "needs one kind"),
+        ("fixed:affine:smooth", "needs one kind"),
         ("measured:much", "'much' is not a number"),
         ("measured:nan", "'nan' is not a number"),
         ("measured:-0.1", "budget of -0.1 is less than nothing"),
@@ -70,7 +72,7 @@ def test_what_is_no_policy(text: str, message: str) -> None:
     with pytest.raises(SelectionError) as caught:
         SelectionPolicy.parse(text)
     assert message in str(caught.value)
-    assert "Give one of: none, fixed:rotation, fixed:affine, kurtosis" in str(caught.value)
+    assert "Give one of: none, fixed:rotation[:smooth], fixed:affine, kurtosis" in str(caught.value)
     assert caught.value.exit_code == 25
 
 

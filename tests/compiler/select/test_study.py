@@ -9,7 +9,8 @@ import pytest
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import SelectionError
 from planish.compiler.learn.candidates import Form
-from planish.compiler.select.forms import MEASURED_FORMS, SITE_GROUPS, form_of
+from planish.compiler.select.choose_forms import ChosenForms
+from planish.compiler.select.forms import MEASURED_FORMS, SITE_GROUPS, form_of, forms_of_groups
 from planish.compiler.select.kurtosis import Group
 from planish.compiler.select.measure_forms import FormErrors
 from planish.compiler.select.study import SelectionStudy, study_selection
@@ -110,3 +111,15 @@ def test_random_errors_never_beat_the_oracle_by_kind() -> None:
     gains = {group: rng.normal(size=5).tolist() for group in ("attn", "ffn")}
     study = study_selection(CONFIG, planted(gains), {group: rng.normal(size=5) for group in ("attn", "ffn")})
     assert all(each.regret >= -1e-12 for each in study.policies)
+
+
+def test_the_search_is_judged_like_the_others() -> None:
+    errors = planted()
+    chosen = [ChosenForms(forms_of_groups({"attn": "affine", "ffn": "rotation"}))] * len(errors)
+    study = study_selection(CONFIG, errors, SAME_ORDER, chosen)
+    found = study.policies[-1]
+    assert found.policy == "search"
+    assert found.kinds == {"attn": ["affine"] * 5, "ffn": ["rotation"] * 5}
+    expected = sum(each.errors[site][form] for each in errors for site, form in chosen[0].forms.items())
+    assert found.error == pytest.approx(expected)
+    assert study.policies[:-1] == study_selection(CONFIG, errors, SAME_ORDER).policies

@@ -1,4 +1,7 @@
-"""Where passes get the codes of a quantised weight from: packed, one checkpoint module at a time."""
+"""Where passes get the codes of a quantised weight from: packed, one checkpoint module at a time.
+
+A module whose input channels are cut into segments has a weight in each, under the name that `Segment.of` gives it.
+"""
 
 import dataclasses
 from typing import Any, Protocol
@@ -28,7 +31,7 @@ class CodesSource(Protocol):
     """Gives the codes of a module; read when the model is saved, not when the graph is rewritten."""
 
     def out_features(self, module: str) -> int:
-        """Return the number of output channels of `module`."""
+        """Return the number of output channels of `module` or of a segment of it."""
 
     def read(self, module: str) -> PackedWeight:
-        """Return the packed weight of `module`, such as model.layers.3.self_attn.q_proj."""
+        """Return the packed weight of `module`, such as model.layers.3.self_attn.q_proj, or of a segment of it."""

@@ -1,4 +1,15 @@
-"""Quantise linears: MatMul by a float weight becomes a planish product with packed codes."""
+"""Quantise linears: MatMul by a float weight becomes a planish product with packed codes.
+
+A linear with high-impact channels becomes two such products, one for each segment of its input channels, and their sum:
+
+    Add(PlanishMatMul4(PlanishQuantizeActivation(Gather(x, high)), codes of high),
+        PlanishMatMul3(PlanishQuantizeActivation(Gather(x, rest)), codes of rest))
+
+So every op has one meaning and every lowering of it holds for segments too. A lowering to a kernel that runs both
+segments in one loop over the input channels finds them by `segment_pairs`, at the Add, whose inputs are products of the
+same `planish.modules`, the high one first. Both Gathers are of one value, and their channels together are the
+permutation; FoldChannelOrderPass leaves a Split where the permutation is folded.
+"""
 
 from collections.abc import Callable
 
@@ -8,6 +19,7 @@ import onnx_ir as ir
 from planish.passes.builder import Builder, dim, replace_nodes
 from planish.passes.codes import CodesSource
 from planish.passes.declare import declare
+from planish.passes.high_impact import HighImpactOf, Segment, no_high_impact, segments
 from planish.passes.merge_linears import MODULES, linear_modules
 from planish.passes.scheme import LinearFormat, Scheme
 from planish.plugins.ops import DOMAIN, matmul, quantize_activation, weight_only_matmul
@@ -29,13 +41,21 @@ class QuantizeLinearsPass(ir.passes.InPlacePass):
         codes: the quantised weights.
         clips: module -> the share of a token's largest magnitude that its activation grid spans, times the clip of
             the scheme; `Transforms.clip`. Modules of a merged product, which share the grid, must have the same.
+        high: module -> the high-impact channels of its input; `Transforms.high`. They are shared likewise.
     """
 
-    def __init__(self, scheme: Scheme, codes: CodesSource, clips: Callable[[str], float] = lambda module: 1.0) -> None:
+    def __init__(
+        self,
+        scheme: Scheme,
+        codes: CodesSource,
+        clips: Callable[[str], float] = lambda module: 1.0,
+        high: HighImpactOf = no_high_impact,
+    ) -> None:
         super().__init__()
         self._scheme = scheme
         self._codes = codes
         self._clips = clips
+        self._high = high
         self.left_float: list[str] = []
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -54,13 +74,28 @@ class QuantizeLinearsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
     def _quantize(self, model: ir.Model, node: ir.Node, modules: list[str], form: LinearFormat) -> None:
-        x, old_weight = node.inputs
-        assert x is not None
-        assert old_weight is not None
         name = LM_HEAD if modules == [LM_HEAD] else str(node.outputs[0].name)
-        k = _input_channels(node)
-        build = Builder()
-        weight, scale = self._weight(build, name, modules, k, form)
+        (clip,) = {self._clips(module) for module in modules}
+        (high,) = {self._high(module) for module in modules}
+        build, old = Builder(), node.outputs[0]
+        products = [self._product(model, build, node, name, modules, segment) for segment in segments(form, high, clip)]
+        y = products[0] if len(products) == 1 else build.op("Add", products, f"{name}.segments")
+        for value in {*products, y}:
+            value.type, value.shape = old.type, old.shape
+        replace_nodes(model.graph, [node], build, {old: y})
+
+    def _product(
+        self, model: ir.Model, build: Builder, node: ir.Node, linear: str, modules: list[str], segment: Segment
+    ) -> ir.Value:
+        """Add the product of one segment of the linear that `node` computes, and what quantises its activations."""
+        x, form, name = node.inputs[0], segment.format, segment.of(linear)
+        assert x is not None
+        k = segment.size(_input_channels(node))
+        if segment.channels is not None:
+            channels = build.initializer(segment.channels.astype(np.int32), f"{name}.channels")
+            x = build.op("Gather", [x, channels], f"{name}.gathered", axis=-1)
+            build.nodes[-1].metadata_props[MODULES] = ",".join(modules)
+        weight, scale = self._weight(build, name, [segment.of(module) for module in modules], k, form)
         group = form.group or k
         if form.weight_only:
             op = weight_only_matmul(form.weight_bits)
@@ -68,9 +103,8 @@ class QuantizeLinearsPass(ir.passes.InPlacePass):
         else:
             quantize = quantize_activation()
             declare(model, quantize)
-            (clip,) = {self._clips(module) for module in modules}
             codes = build.ops(
-                quantize.name, [x], f"{name}.input", 2, domain=DOMAIN, bits=form.activation_bits, clip=form.clip * clip
+                quantize.name, [x], f"{name}.input", 2, domain=DOMAIN, bits=form.activation_bits, clip=form.clip
             )
             op = matmul(form.weight_bits)
             y = build.op(
@@ -84,8 +118,7 @@ class QuantizeLinearsPass(ir.passes.InPlacePass):
             )
         declare(model, op)
         build.nodes[-1].metadata_props[MODULES] = ",".join(modules)
-        y.type, y.shape = node.outputs[0].type, node.outputs[0].shape
-        replace_nodes(model.graph, [node], build, {node.outputs[0]: y})
+        return y
 
     def _weight(
         self, build: Builder, name: str, modules: list[str], k: int, form: LinearFormat

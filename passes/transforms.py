@@ -17,10 +17,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from planish.passes.high_impact import HighImpact
+
 __all__ = [
     "SITES",
     "SITE_MODULES",
     "Array",
+    "HighImpacts",
     "Kind",
     "LayerTransforms",
     "Site",
@@ -43,6 +46,9 @@ SITE_MODULES: dict[Site, tuple[str, ...]] = {
     "ffn_in": ("mlp.gate_proj", "mlp.up_proj"),
     "ffn_out": ("mlp.down_proj",),
 }
+
+#: Decoder block -> site -> its high-impact channels.
+HighImpacts = dict[int, dict[Site, HighImpact]]
 
 _Matrix = npt.NDArray[np.float64]
 _MODULE = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -193,7 +199,7 @@ def _inverse(factor: Array | None) -> _Matrix | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerTransforms:
-    """The transforms of one decoder block, and how much of its range each activation grid spans.
+    """The transforms of one decoder block, and the grids behind them: what they span, which channels have finer ones.
 
     Attributes:
         attn_in: input of q, k, v; its scale folds into the norm gain.
@@ -203,6 +209,7 @@ class LayerTransforms:
         key: of every head after RoPE, read as KV heads x head_dim; only a right factor. Queries get its inverse.
         value: of every head, read as KV heads x head_dim; only a right factor, folded into v and o.
         clips: share of a token's largest magnitude that the grid spans, by site; 1 where it is not named.
+        high: the high-impact channels among the transformed ones, by site that is the input of linears.
     """
 
     attn_in: Transform
@@ -212,6 +219,7 @@ class LayerTransforms:
     key: Transform
     value: Transform
     clips: dict[Site, float] = dataclasses.field(default_factory=dict)
+    high: dict[Site, HighImpact] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for site in ("key", "value"):
@@ -219,6 +227,13 @@ class LayerTransforms:
                 raise ValueError(f"the transform at the site {site} maps each head alone: it has only a right factor")
         if self.attn_out.scale is not None:
             raise ValueError("the transform at the site attn_out has no channel scale: nothing could take it up")
+        for site, high in self.high.items():
+            if site not in SITE_MODULES:
+                raise ValueError(f"the site {site} has no high-impact channels: no linear reads it")
+            if len(high.order) != self[site].width:
+                raise ValueError(
+                    f"the site {site} has {self[site].width} channels, and the order of their impact {len(high.order)}"
+                )
 
     def __getitem__(self, site: Site) -> Transform:
         transform: Transform = getattr(self, site)
@@ -257,6 +272,16 @@ class Transforms:
         """Return the activation clip of a linear, such as model.layers.3.self_attn.q_proj; 1 outside of the blocks."""
         match, site = _MODULE.fullmatch(module), site_of(module)
         return self.layers[int(match[1])].clip(site) if match and site else 1.0
+
+    def high(self, module: str) -> HighImpact | None:
+        """Return the high-impact channels of the input of a linear; None is none of them."""
+        match, site = _MODULE.fullmatch(module), site_of(module)
+        return self.layers[int(match[1])].high.get(site) if match and site else None
+
+    def with_high(self, high: HighImpacts) -> "Transforms":
+        """Return the same transforms with these high-impact channels, and no others."""
+        layers = (dataclasses.replace(of_layer, high=high.get(i, {})) for i, of_layer in enumerate(self.layers))
+        return dataclasses.replace(self, layers=tuple(layers))
 
     def first(self, layers: int) -> "Transforms":
         """Return the transforms of the first `layers` decoder blocks."""

@@ -10,6 +10,7 @@ from planish.passes.lower_kv_cache_to_ort import LowerKvCacheToOrtPass
 from planish.passes.lower_linears_to_ort import LowerLinearsToOrtPass
 from planish.passes.merge_rotary import MergeRotaryPass
 from planish.passes.sequence import run_passes
+from planish.passes.spread_rest_segment import SpreadRestSegmentPass
 
 __all__ = ["build_ort", "lower_to_ort"]
 
@@ -18,6 +19,7 @@ def lower_to_ort(model: ir.Model) -> ir.Model:
     """Return `model` lowered in place: integer products, and no function left that is not used."""
     passes = [
         MergeRotaryPass(),
+        SpreadRestSegmentPass(),
         LowerLinearsToOrtPass(),
         LowerKvCacheToOrtPass(),
         common.InlinePass(),

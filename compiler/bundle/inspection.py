@@ -21,6 +21,7 @@ _BITS: dict[int, int] = {
     onnx.TensorProto.FLOAT16: 16,
     onnx.TensorProto.UINT8: 8,
     onnx.TensorProto.INT8: 8,
+    onnx.TensorProto.INT32: 32,
     onnx.TensorProto.INT64: 64,
 }
 
@@ -36,7 +37,8 @@ class Inspection:
         layers: decoder blocks.
         linears: linears of the decoder blocks that are quantised.
         skipped: linears of the decoder blocks that are stored in floating point.
-        average_bits: stored bits per weight over all linears of the decoder blocks, scales counted.
+        average_bits: stored bits per weight over all linears of the decoder blocks, scales counted, and the numbers of
+            the channels where they are ordered by their impact.
         lm_head_bits: stored bits per weight of the output projection, scales counted.
         kv_bytes_per_token: bytes of cache that one token takes, scales and zeros counted.
         kv_saving: how many times smaller that is than a float16 cache.
@@ -66,7 +68,7 @@ class Inspection:
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """One linear product of the graph: the modules it computes, its weights, and the bits they are stored in."""
+    """One linear product of the graph, or what takes the channels for one: its modules, its weights, and their bits."""
 
     modules: tuple[str, ...]
     weights: int
@@ -94,8 +96,8 @@ def inspect(bundle: Bundle) -> Inspection:
         scheme=manifest.scheme,
         lm_head=manifest.lm_head,
         layers=config.num_hidden_layers,
-        linears=sum(len(product.modules) for product in blocks if not product.is_float),
-        skipped=sum(len(product.modules) for product in blocks if product.is_float),
+        linears=len({module for product in blocks if not product.is_float for module in product.modules}),
+        skipped=len({module for product in blocks if product.is_float for module in product.modules}),
         average_bits=_average_bits(blocks),
         lm_head_bits=_average_bits(heads),
         kv_bytes_per_token=kv_bytes,
@@ -112,7 +114,8 @@ def _products(graph: onnx.GraphProto) -> Iterator[_Product]:
     for node in graph.node:
         modules = {entry.key: entry.value for entry in node.metadata_props}.get(_MODULES)
         if modules:
-            # The codes and scales of the modules that share one product lie in one tensor each.
+            # The codes and scales of the modules that share one product lie in one tensor each; a linear with
+            # high-impact channels is two products, each behind a Gather of its channels.
             tensors = [stored[name] for name in node.input if name in stored]
             yield _describe(tuple(modules.split(",")), node, tensors)
         elif node.op_type == "MatMul" and (weight := _float_weight(node.input[1], stored, producers)):
@@ -122,6 +125,8 @@ def _products(graph: onnx.GraphProto) -> Iterator[_Product]:
 
 def _describe(modules: tuple[str, ...], node: onnx.NodeProto, tensors: list[onnx.TensorProto]) -> _Product:
     bits = sum(prod(tensor.dims) * _BITS[tensor.data_type] for tensor in tensors)
+    if node.op_type == "Gather":
+        return _Product(modules, 0, bits, is_float=False)
     if not node.domain:
         return _Product(modules, prod(tensors[0].dims), bits, is_float=True)
     (k,) = (attribute.i for attribute in node.attribute if attribute.name == "k")

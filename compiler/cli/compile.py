@@ -30,6 +30,10 @@ def run_compile(
     plan: Annotated[
         Path | None, typer.Option(help="A plan.json, made or edited, to take the transforms from instead of choosing.")
     ] = None,
+    high_impact: Annotated[
+        Path | None,
+        typer.Option(help="A bundle or folder with a plan.safetensors whose high-impact channels keep more bits."),
+    ] = None,
     residual_rotation: Annotated[
         bool | None,
         typer.Option("--residual-rotation/--no-residual-rotation", help="Rotate the residual stream first. [off]"),
@@ -78,6 +82,7 @@ def run_compile(
                 lm_head=lm_head,
                 select=select,
                 plan=plan,
+                high_impact=high_impact,
                 residual_rotation=residual_rotation,
                 dataset=dataset,
                 nsamples=nsamples,

@@ -8,6 +8,7 @@ from planish.compiler.export.decoder import build_decoder
 from planish.compiler.export.streaming import CheckpointTensor
 from planish.passes.codes import CodesSource
 from planish.passes.flatten import flatten_passes
+from planish.passes.fold_channel_order import FoldChannelOrderPass
 from planish.passes.merge_linears import MergeLinearsPass
 from planish.passes.quantize_kv_cache import QuantizeKvCachePass
 from planish.passes.quantize_linears import QuantizeLinearsPass
@@ -36,11 +37,13 @@ def portable_model(
     def cache_clip(layer: int, site: Site) -> float:
         return 1.0 if transforms is None else transforms.layers[layer].clip(site)
 
-    quantize_linears = QuantizeLinearsPass(scheme, codes, *([] if transforms is None else [transforms.clip]))
+    grids = () if transforms is None else (transforms.clip, transforms.high)
+    quantize_linears = QuantizeLinearsPass(scheme, codes, *grids)
     passes = [
         *([] if transforms is None else flatten_passes(transforms)),
         MergeLinearsPass(),
         quantize_linears,
+        FoldChannelOrderPass(),
         QuantizeKvCachePass(scheme, cache_clip),
         common.RemoveUnusedNodesPass(),
     ]

@@ -188,6 +188,6 @@ def _keep(folder: Path, layer: int, block: Block, flattened: Flattened, codes: C
         "value": config.kv_size,
     }
     stored = {site: flattened.factors[site].stored(widths[site]) for site in SITES}
-    save_transforms(Transforms((LayerTransforms(**stored, clips=flattened.clips),)), folder)
+    save_transforms(Transforms((LayerTransforms(**stored, clips=flattened.clips, high={}),)), folder)
     refinement = {} if flattened.refinement is None else {"refinement": flattened.refinement}
     write_json(folder / _EVIDENCE, flattened.evidence | refinement)

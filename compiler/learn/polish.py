@@ -303,7 +303,7 @@ class _PolishedHooks(LowBitHooks):
                 left=changed[site].left if left is None else left.detach().cpu().numpy(),
             )
         clips = {**before.clips, **{site: float(clip_of(self.learned[site].detach())) for site in self._bits}}
-        return dataclasses.replace(before, **changed, clips=clips)
+        return dataclasses.replace(before, **changed, clips=clips, high=before.high)
 
     def _clip(self, site: Site) -> Tensor:
         return clip_of(self.learned[site]) if site in self._bits else torch.tensor(self._rest[site])

@@ -21,6 +21,7 @@ from planish.compiler.export.portable import portable_model
 from planish.compiler.learn.device import clear_memory_errors, open_device
 from planish.compiler.learn.rotated import RotatedCheckpoint
 from planish.compiler.pipeline.flatten import Flattening, check_calibration, flatten
+from planish.compiler.pipeline.high_impact import high_impact_fingerprint, read_high_impact, untransformed
 from planish.compiler.pipeline.plan import make_plan
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.pipeline.report import write_report
@@ -33,8 +34,10 @@ from planish.compiler.select.choose_forms import forms_of_plan
 from planish.compiler.select.plan_file import save_transforms
 from planish.compiler.verify.passes import PassDrift, verify_flattening
 from planish.compiler.verify.verification import verify
+from planish.passes.high_impact import HighImpactOf
 from planish.passes.quantize_linears import LM_HEAD
 from planish.passes.scheme import Scheme
+from planish.passes.transforms import HighImpacts
 
 __all__ = ["compile_model", "compile_recipe"]
 
@@ -58,6 +61,7 @@ def compile_model(
     lm_head: str | None = None,
     select: str | None = None,
     plan: str | Path | None = None,
+    high_impact: str | Path | None = None,
     residual_rotation: bool | None = None,
     dataset: str | None = None,
     nsamples: int | None = None,
@@ -89,6 +93,7 @@ def compile_model(
         lm_head: as all further settings, see `Recipe`.
         select: see `Recipe`.
         plan: see `Recipe`.
+        high_impact: see `Recipe`.
         residual_rotation: see `Recipe`.
         dataset: see `Recipe`.
         nsamples: see `Recipe`.
@@ -121,6 +126,7 @@ def compile_model(
         lm_head=lm_head,
         select=select,
         plan=None if plan is None else str(plan),
+        high_impact=None if high_impact is None else str(high_impact),
         residual_rotation=residual_rotation,
         dataset=dataset,
         nsamples=nsamples,
@@ -161,9 +167,12 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
         settings["calibration"] = calibration.fingerprint()
     if policy.plan is not None:
         settings["plan"] = [each.forms for each in forms_of_plan(policy.plan, checkpoint)]
+    high = read_high_impact(recipe, checkpoint, scheme)
+    if high:
+        settings["high_impact"] = high_impact_fingerprint(high)
     with WorkFolder.hold(out, settings, progress) as work, clear_errors(out):
         check_space(work.path, _bytes_needed(checkpoint, scheme, recipe))
-        _Compile(checkpoint, scheme, recipe, calibration, work, progress).run()
+        _Compile(checkpoint, scheme, recipe, calibration, high, work, progress).run()
         work.publish()
     return Bundle.open(out, verify=False)
 
@@ -176,6 +185,7 @@ class _Compile:
     scheme: Scheme
     recipe: Recipe
     calibration: CalibrationSettings
+    high: HighImpacts
     work: WorkFolder
     progress: Progress
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -187,18 +197,21 @@ class _Compile:
         bundle, targets = self.work.bundle, self.recipe.targets
         self.checkpoint.write_sidecars(bundle)
         # The graph first: what it cannot express is refused before the long work, and its weights are read when saved.
-        codes = CodesOnDisk(self.work.codes, self.checkpoint, self.scheme)
-        model, left_float = portable_model(self.checkpoint, self.scheme, codes)
+        untouched = untransformed(self.checkpoint.config).with_high(self.high)
+        codes = CodesOnDisk(self.work.codes, self.checkpoint, self.scheme, untouched.high)
+        transforms = untouched if self.high else None
+        model, left_float = portable_model(self.checkpoint, self.scheme, codes, transforms)
         flattening = self._timed("flatten", self._flatten)
         base = checkpoint = self.checkpoint
-        transforms, rounded = None, (self.checkpoint, codes)
+        rounded = self.checkpoint, codes
         if flattening is not None:
             base, checkpoint, transforms = flattening.base, flattening.checkpoint, flattening.transforms
-            rounded, codes = flattening.rounded, CodesOnDisk(self.work.codes, base, self.scheme)
+            rounded, codes = flattening.rounded, flattening.codes
             model, left_float = portable_model(self.checkpoint, self.scheme, codes, transforms)
-        self._timed("quantise", lambda: self._quantize(base))
+        nearest = self._timed("quantise", lambda: self._quantize(base, untouched.high))
         if not self.scheme.lm_head.is_float:
-            rounded[1].share(LM_HEAD, codes)
+            for each in (codes, rounded[1]):
+                each.share(LM_HEAD, nearest)
         self._stage("portable model", bundle, lambda: save_model(model, bundle, self._steps("portable model")))
         for target in targets:
             self._stage(f"lower to {target}", engine_folder(bundle, target), partial(self._lower, target))
@@ -213,7 +226,8 @@ class _Compile:
         )
         if flattening is not None:
             plan["transforms"] = flattening.plan
-            save_transforms(flattening.transforms, bundle)
+        if transforms is not None:
+            save_transforms(transforms, bundle)
         if self.fallback is not None:
             plan["fallback"] = self.fallback
         write_json(bundle / PLAN_FILE, plan)
@@ -240,6 +254,7 @@ class _Compile:
                 self._polish_epochs(),
                 self.work.flatten,
                 codes,
+                self.high,
                 self.progress,
                 device,
             )
@@ -256,6 +271,9 @@ class _Compile:
 
     def _polish_epochs(self) -> int:
         """Return how long to polish; None in the recipe is as long as it pays, if the model fits into memory."""
+        if self.high:
+            self.progress.say("not polished: the model has high-impact channels")
+            return 0
         if self.recipe.polish is not None:
             return self.recipe.polish
         names = (name for name in self.checkpoint.names() if name.endswith("_proj.weight"))
@@ -265,11 +283,11 @@ class _Compile:
             return 0
         return _POLISH_EPOCHS
 
-    def _quantize(self, base: Checkpoint) -> None:
+    def _quantize(self, base: Checkpoint, high: HighImpactOf) -> CodesOnDisk:
         def step(_: str, done: int, total: int) -> None:
             self.progress.step("quantise", done, total)
 
-        quantize_checkpoint(base, self.scheme, self.work.codes, step)
+        return quantize_checkpoint(base, self.scheme, self.work.codes, step, high)
 
     def _lower(self, target: str) -> None:
         lower(target, self.work.bundle, self.recipe, self.checkpoint.config.max_context, self.progress)
@@ -296,7 +314,7 @@ class _Compile:
 
     def _repeatable_recipe(self) -> Recipe:
         """Return the recipe with paths that hold from any folder."""
-        given = {name: getattr(self.recipe, name) for name in ("model", "dataset", "plan")}
+        given = {name: getattr(self.recipe, name) for name in ("model", "dataset", "plan", "high_impact")}
         paths = {name: str(Path(path).resolve()) for name, path in given.items() if path and Path(path).exists()}
         return self.recipe.model_copy(update=paths)
 

@@ -24,17 +24,17 @@ from planish.compiler.learn.rotated import RotatedCheckpoint
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.transformed import TransformedCheckpoint
 from planish.compiler.progress import Progress
-from planish.compiler.quantize.codes import CodesOnDisk
+from planish.compiler.quantize.codes import CodesOnDisk, round_in_segments
 from planish.compiler.select.choose_forms import choose_forms
 from planish.compiler.select.forms import online_flops
 from planish.compiler.select.policy import SelectionPolicy
-from planish.compiler.select.site_choice import SiteChoice, transforms_entry
+from planish.compiler.select.site_choice import HighChoice, SiteChoice, transforms_entry
 from planish.passes.scheme import Scheme
-from planish.passes.transforms import SITES, Transforms
+from planish.passes.transforms import SITES, HighImpacts, Site, Transforms
 
 __all__ = ["Flattening", "calibration_on_disk", "check_calibration", "flatten"]
 
-_TOKENS, _CODES, _DIVERGENCE = "calibration.npy", "codes", "divergence.json"
+_TOKENS, _CODES, _SEGMENTS, _DIVERGENCE = "calibration.npy", "codes", "segments", "divergence.json"
 _NEAREST = "rounded to nearest"
 
 
@@ -47,16 +47,19 @@ class Flattening:
         checkpoint: `base` with everything folded that folds.
         transforms: what runs online, and the clips.
         plan: the `transforms` entry of plan.json.
+        codes: of the decoder blocks.
         rounded: the checkpoint as it was when its weights were rounded, and their codes: polishing moves gains and the
             scales of codes afterwards.
         lost_to_nearest: in words, if on the held-out sequences the model comes out further from the float one than
-            with nothing flattened and all weights rounded to nearest; else None.
+            with nothing flattened and all weights rounded to nearest; else None. Not compared where there are
+            high-impact channels.
     """
 
     base: Checkpoint
     checkpoint: TransformedCheckpoint
     transforms: Transforms
     plan: dict[str, Any]
+    codes: CodesOnDisk
     rounded: tuple[Checkpoint, CodesOnDisk]
     lost_to_nearest: str | None
 
@@ -79,13 +82,15 @@ def flatten(
     polish_epochs: int,
     folder: Path,
     codes: CodesOnDisk,
+    high: HighImpacts,
     progress: Progress,
     device: torch.device,
 ) -> Flattening:
     """Flatten `checkpoint` for `scheme`, working in `folder`; refine each block and polish the whole for some epochs.
 
     All of it is computed on `device`, which holds a block and a batch, and the whole model only while that writes the
-    text or is polished. See `flatten_checkpoint` and `polish` for what a killed run keeps.
+    text or is polished. See `flatten_checkpoint` and `polish` for what a killed run keeps. Linears with high-impact
+    channels are rounded to nearest, in segments; with any, nothing can be polished.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rounded = codes
@@ -106,6 +111,7 @@ def flatten(
         device=device,
         progress=lambda done, total: progress.step("flatten", done, total),
     )
+    transforms = transforms.with_high(high)
     measured = read_evidence(folder, len(chosen))
     choices = [
         SiteChoice(
@@ -116,33 +122,45 @@ def flatten(
             cost_flops=online_flops(site, transforms.layers[layer][site], checkpoint.config),
             error=measured[layer].get(site, {}).get("error"),
             evidence={**each.evidence.get(site, {}), **measured[layer].get(site, {})},
+            high=_high_choice(transforms, layer, site),
         )
         for layer, each in enumerate(chosen)
         for site in SITES
     ]
     entry = transforms_entry(choices, policy, checkpoint.config, checkpoint.fingerprint())
     before = TransformedCheckpoint(checkpoint, transforms), rounded
-    divergence = _divergence(checkpoint, scheme, tokens, folder, device)
-    if polish_epochs:
-        transforms, entry["polish"] = _polish(
-            checkpoint,
-            scheme,
-            transforms,
-            rounded,
-            tokens,
-            polish_epochs,
-            settings.seed,
-            folder,
-            codes,
-            progress,
-            device,
-        )
-        divergence["flattened and polished"] = min(entry["polish"]["held_out_divergence"])
-    entry["held_out_divergence"] = divergence
+    lost = None
+    if high:
+        # What was measured on the way has no segments, so it says nothing of the model that is made.
+        codes = round_in_segments(rounded, before[0], scheme, folder / _SEGMENTS, transforms.high)
+        before = before[0], codes
+    else:
+        divergence = _divergence(checkpoint, scheme, tokens, folder, device)
+        if polish_epochs:
+            transforms, entry["polish"] = _polish(
+                checkpoint,
+                scheme,
+                transforms,
+                rounded,
+                tokens,
+                polish_epochs,
+                settings.seed,
+                folder,
+                codes,
+                progress,
+                device,
+            )
+            divergence["flattened and polished"] = min(entry["polish"]["held_out_divergence"])
+        entry["held_out_divergence"], lost = divergence, _loss_to_nearest(divergence)
     made = TransformedCheckpoint(checkpoint, transforms)
     if isinstance(checkpoint, RotatedCheckpoint):
         transforms = dataclasses.replace(transforms, residual=checkpoint.rotation)
-    return Flattening(checkpoint, made, transforms, entry, before, _loss_to_nearest(divergence))
+    return Flattening(checkpoint, made, transforms, entry, codes, before, lost)
+
+
+def _high_choice(transforms: Transforms, layer: int, site: Site) -> HighChoice | None:
+    high = transforms.layers[layer].high.get(site)
+    return None if high is None else HighChoice.model_validate({"bits": high.bits, "count": high.count})
 
 
 def _divergence(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from planish.compiler.checkpoint import Checkpoint
-from planish.compiler.quantize.arithmetic import dequantize_weight
+from planish.compiler.quantize.arithmetic import channels_of, dequantize_weight
 from planish.compiler.quantize.codes import CodesOnDisk, module_groups
 from planish.passes.quantize_linears import LM_HEAD
 from planish.passes.scheme import Scheme
@@ -24,8 +24,9 @@ def make_plan(
 ) -> dict[str, Any]:
     """Return the content of plan.json.
 
-    Per quantised linear: its format, its stored bits per weight with scales counted, and the SQNR of its weight in dB,
-    10 log10(sum W^2 / sum (W - Wq)^2), null where nothing was lost.
+    Per quantised linear: its format, its stored bits per weight with scales counted, the SQNR of its weight in dB,
+    10 log10(sum W^2 / sum (W - Wq)^2), null where nothing was lost, and its high-impact input channels where it has
+    any.
 
     Args:
         checkpoint: as it was when the weights were rounded.
@@ -56,23 +57,32 @@ def make_plan(
 
 
 def _linear(checkpoint: Checkpoint, scheme: Scheme, codes: CodesOnDisk, module: str) -> dict[str, Any]:
-    form, stored = codes.format(module), codes.read(module)
     tied = module == LM_HEAD and checkpoint.config.tie_word_embeddings
     weight = torch.from_numpy(
         checkpoint.tensor("model.embed_tokens.weight" if tied else f"{module}.weight").astype("float32")
     )
-    lost = float((weight - dequantize_weight(codes.quantized(module))).double().square().sum())
+    *high, rest = codes.segments(module)
+    form, lost, stored = rest.format, 0.0, 0
+    for segment in (*high, rest):
+        name = segment.of(module)
+        off = channels_of(weight, segment) - dequantize_weight(codes.quantized(name))
+        lost += float(off.double().square().sum())
+        packed = codes.read(name)
+        stored += packed.packed.nbytes + packed.scale.nbytes
     held = float(weight.double().square().sum())
-    return {
+    entry = {
         "module": module,
         "format": str(form),
         "weight_bits": form.weight_bits,
         "activation_bits": form.activation_bits,
         "group": form.group,
         "shape": list(weight.shape),
-        "average_bits": round(8 * (stored.packed.nbytes + stored.scale.nbytes) / weight.numel(), 4),
+        "average_bits": round(8 * stored / weight.numel(), 4),
         "weight_sqnr_db": round(10 * math.log10(held / lost), 2) if lost and held else None,
     }
+    for each in high:
+        entry["high"] = {"bits": each.format.weight_bits, "count": each.size(weight.shape[1])}
+    return entry
 
 
 def _reason(module: str) -> str:

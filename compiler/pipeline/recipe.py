@@ -32,6 +32,8 @@ class Recipe(BaseModel):
             without any, `auto` is `none` for float linears, and for others `measured` within a tenth of their FLOPs, or
             what `fixed:affine` costs if that is more.
         plan: a plan.json whose transforms are made instead of choosing any; for the same model.
+        high_impact: a folder with a plan.safetensors, such as a bundle, whose high-impact channels keep more bits; None
+            takes those of the plan, if that has any.
         residual_rotation: rotate the residual stream, folded into the weights at no cost at run time, before transforms
             are chosen and fitted.
         dataset: calibration text, as the three settings below; see `CalibrationSettings`.
@@ -59,6 +61,7 @@ class Recipe(BaseModel):
     lm_head: str | None = None
     select: str = "auto"
     plan: str | None = None
+    high_impact: str | None = None
     residual_rotation: bool = False
     dataset: str = SELF
     nsamples: int = 16

@@ -10,12 +10,14 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from planish.passes.high_impact import Segment
 from planish.passes.scheme import LinearFormat
 from planish.plugins.ops.append_kv import SMALLEST_KV_SCALE
 from planish.plugins.ops.quantize_activation import SMALLEST_SCALE
 
 __all__ = [
     "QuantizedWeight",
+    "channels_of",
     "dequantize_kv",
     "dequantize_weight",
     "fit_scale",
@@ -37,7 +39,7 @@ _CHUNK = 1 << 17
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
-    """The codes of one weight matrix.
+    """The codes of one weight matrix, or of the input channels of one that are a segment.
 
     Attributes:
         codes: uint8 [out, in].
@@ -50,6 +52,11 @@ class QuantizedWeight:
     scale: Tensor
     bits: int
     group: int
+
+
+def channels_of(x: Tensor, segment: Segment) -> Tensor:
+    """Return the channels of `x` [..., in] that are in a segment, in its order."""
+    return x if segment.channels is None else x[..., torch.from_numpy(segment.channels)]
 
 
 def quantize_weight(weight: Tensor, form: LinearFormat) -> QuantizedWeight:

@@ -1,6 +1,7 @@
 """Quantise every linear of a checkpoint once, and keep the packed codes on disk, one file per decoder block.
 
-A file is written whole or not at all, so a run that was killed resumes behind the last finished block.
+A file is written whole or not at all, so a run that was killed resumes behind the last finished block. Where input
+channels of a module are high-impact ones, the file holds a weight for each segment, under the name of `Segment.of`.
 """
 
 import os
@@ -13,67 +14,94 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from planish.compiler.checkpoint import Checkpoint
-from planish.compiler.quantize.arithmetic import QuantizedWeight, quantize_weight
+from planish.compiler.quantize.arithmetic import QuantizedWeight, channels_of, quantize_weight
 from planish.passes.codes import PackedWeight
+from planish.passes.high_impact import HighImpactOf, Segment, module_of, no_high_impact, segments
 from planish.passes.quantize_linears import LM_HEAD
 from planish.passes.scheme import LinearFormat, Scheme
 from planish.plugins.packing import pack, unpack
 
-__all__ = ["CodesOnDisk", "module_groups", "quantize_checkpoint"]
+__all__ = ["CodesOnDisk", "module_groups", "quantize_checkpoint", "round_in_segments"]
 
 #: (name of the finished part, parts done, parts in all) -> None
 Progress = Callable[[str, int, int], None]
 
 
 class CodesOnDisk:
-    """The packed codes of a checkpoint under a scheme, read one module at a time."""
+    """The packed codes of a checkpoint under a scheme, read one module, or segment of a module, at a time.
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, scheme: Scheme) -> None:
+    Args:
+        folder: of the files.
+        checkpoint: whose weights they are.
+        scheme: gives the formats.
+        high: module -> the high-impact channels of its input.
+    """
+
+    def __init__(
+        self, folder: Path, checkpoint: Checkpoint, scheme: Scheme, high: HighImpactOf = no_high_impact
+    ) -> None:
         self._folder = folder
         self._checkpoint = checkpoint
         self._scheme = scheme
+        self._high = high
 
-    def format(self, module: str) -> LinearFormat:
-        """Return the format of `module`."""
-        return self._scheme.lm_head if module == LM_HEAD else self._scheme.linear
+    def segments(self, module: str) -> tuple[Segment, ...]:
+        """Return the segments of the input channels of `module`: one, or the high-impact ones and the rest."""
+        form = self._scheme.lm_head if module == LM_HEAD else self._scheme.linear
+        return segments(form, self._high(module))
 
-    def out_features(self, module: str) -> int:
-        """Return the number of output channels of `module`."""
-        return self._checkpoint.shape(self._weight_name(module))[0]
+    def format(self, name: str) -> LinearFormat:
+        """Return the format of a module or segment."""
+        return self._segment(name).format
 
-    def in_features(self, module: str) -> int:
-        """Return the number of input channels of `module`."""
-        return self._checkpoint.shape(self._weight_name(module))[1]
+    def out_features(self, name: str) -> int:
+        """Return the number of output channels of a module or segment."""
+        return self._checkpoint.shape(self._weight_name(module_of(name)))[0]
 
-    def read(self, module: str) -> PackedWeight:
-        """Return the packed weight of `module`."""
-        with safe_open(self._file(module), framework="numpy") as file:
-            return PackedWeight(file.get_tensor(f"{module}.codes"), file.get_tensor(f"{module}.scale"))
+    def in_features(self, name: str) -> int:
+        """Return the number of input channels of a module or segment."""
+        return self._segment(name).size(self._checkpoint.shape(self._weight_name(module_of(name)))[1])
 
-    def quantized(self, module: str) -> QuantizedWeight:
-        """Return the weight of `module` as the oracle reads it."""
-        stored, form, k = self.read(module), self.format(module), self.in_features(module)
+    def read(self, name: str) -> PackedWeight:
+        """Return the packed weight of a module or segment."""
+        with safe_open(self._file(name), framework="numpy") as file:
+            return PackedWeight(file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scale"))
+
+    def quantized(self, name: str) -> QuantizedWeight:
+        """Return the weight of a module or segment as the oracle reads it."""
+        stored, form, k = self.read(name), self.format(name), self.in_features(name)
         codes = torch.from_numpy(unpack(stored.packed, form.weight_bits, k))
         scale = torch.from_numpy(stored.scale.astype(np.float32))
         return QuantizedWeight(codes, scale, form.weight_bits, form.group or k)
 
+    def rounded(self, module: str) -> dict[str, QuantizedWeight]:
+        """Return name of the segment -> its codes, of the weight of `module` rounded to nearest."""
+        weight = torch.from_numpy(self._checkpoint.tensor(self._weight_name(module)).astype(np.float32))
+        return {
+            segment.of(module): quantize_weight(channels_of(weight, segment), segment.format)
+            for segment in self.segments(module)
+        }
+
+    def has(self, part: str) -> bool:
+        """Say whether the file of `part` is there."""
+        return self._path(part).exists()
+
     def write(self, part: str, modules: list[str]) -> None:
         """Round `modules` to nearest and write them into the file of `part`, unless that file is there already."""
-        if self._path(part).exists():
+        if self.has(part):
             return
-        quantized = {}
+        quantized: dict[str, QuantizedWeight] = {}
         for module in modules:
-            weight = self._checkpoint.tensor(self._weight_name(module)).astype(np.float32)
-            quantized[module] = quantize_weight(torch.from_numpy(weight), self.format(module))
+            quantized |= self.rounded(module)
         self.keep(part, quantized)
 
     def keep(self, part: str, quantized: Mapping[str, QuantizedWeight]) -> None:
-        """Write the codes of the modules of `part`, whole or not at all."""
+        """Write the codes of the modules of `part`, by name of the segment, whole or not at all."""
         tensors = {}
-        for module, each in quantized.items():
-            scale_type = np.float32 if self.format(module).group is None else np.float16
-            tensors[f"{module}.codes"] = pack(each.codes.cpu().numpy(), each.bits)
-            tensors[f"{module}.scale"] = np.ascontiguousarray(each.scale.cpu().numpy().astype(scale_type))
+        for name, each in quantized.items():
+            scale_type = np.float32 if self.format(name).group is None else np.float16
+            tensors[f"{name}.codes"] = pack(each.codes.cpu().numpy(), each.bits)
+            tensors[f"{name}.scale"] = np.ascontiguousarray(each.scale.cpu().numpy().astype(scale_type))
         path = self._path(part)
         unfinished = path.with_suffix(".part")
         save_file(tensors, unfinished)
@@ -81,7 +109,7 @@ class CodesOnDisk:
 
     def share(self, part: str, other: "CodesOnDisk") -> None:
         """Take over the file of `part` from `other`, on the same disk, without a copy."""
-        if not self._path(part).exists():
+        if not self.has(part):
             os.link(other._path(part), self._path(part))
 
     def drop(self) -> None:
@@ -92,8 +120,12 @@ class CodesOnDisk:
     def _path(self, part: str) -> Path:
         return self._folder / f"{part}.safetensors"
 
-    def _file(self, module: str) -> Path:
-        return self._path(_part_of(module))
+    def _file(self, name: str) -> Path:
+        return self._path(_part_of(name))
+
+    def _segment(self, name: str) -> Segment:
+        module = module_of(name)
+        return {segment.of(module): segment for segment in self.segments(module)}[name]
 
     def _weight_name(self, module: str) -> str:
         if module == LM_HEAD and self._checkpoint.config.tie_word_embeddings:
@@ -117,14 +149,42 @@ def module_groups(checkpoint: Checkpoint, scheme: Scheme) -> dict[str, list[str]
 
 
 def quantize_checkpoint(
-    checkpoint: Checkpoint, scheme: Scheme, folder: Path, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    folder: Path,
+    progress: Progress | None = None,
+    high: HighImpactOf = no_high_impact,
 ) -> CodesOnDisk:
-    """Quantise what `scheme` asks for into `folder`, skipping the parts that are there, and return the codes."""
+    """Quantise what `scheme` asks for into `folder`, skipping the parts that are there, and return the codes.
+
+    With high-impact channels, `high`, their segments are rounded for themselves.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    codes = CodesOnDisk(folder, checkpoint, scheme)
+    codes = CodesOnDisk(folder, checkpoint, scheme, high)
     groups = module_groups(checkpoint, scheme)
     for done, (part, modules) in enumerate(groups.items(), 1):
         codes.write(part, modules)
         if progress:
             progress(part, done, len(groups))
+    return codes
+
+
+def round_in_segments(
+    rounded: CodesOnDisk, checkpoint: Checkpoint, scheme: Scheme, folder: Path, high: HighImpactOf
+) -> CodesOnDisk:
+    """Return the codes `rounded` of all decoder blocks, but in segments where input channels are high-impact ones.
+
+    Modules with such channels are rounded to nearest anew, from `checkpoint`; all others keep their codes. They are
+    written into `folder`, a part at a time, skipping what is there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    codes = CodesOnDisk(folder, checkpoint, scheme, high)
+    for part, modules in module_groups(checkpoint, scheme).items():
+        if part == LM_HEAD or codes.has(part):
+            continue
+        kept: dict[str, QuantizedWeight] = {}
+        for module in modules:
+            whole = len(codes.segments(module)) == 1
+            kept |= {module: rounded.quantized(module)} if whole else codes.rounded(module)
+        codes.keep(part, kept)
     return codes

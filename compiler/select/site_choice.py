@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
 
@@ -12,9 +12,10 @@ from planish.compiler.errors import PlanError
 from planish.compiler.learn.candidates import Form, kind_of
 from planish.compiler.select.forms import SITE_FORMS
 from planish.compiler.select.policy import SelectionPolicy
+from planish.passes.high_impact import CHANNEL_STEP
 from planish.passes.transforms import SITES, Kind, Site
 
-__all__ = ["SiteChoice", "read_choices", "transforms_entry"]
+__all__ = ["HighChoice", "SiteChoice", "read_choices", "transforms_entry"]
 
 #: The numbers of config.json that decide how many transforms there are and how wide they are.
 _SHAPE = (
@@ -28,6 +29,20 @@ _SHAPE = (
 _REMEDY = "Correct it, or leave the plan out to have it made again."
 
 
+class HighChoice(BaseModel):
+    """How many channels of a site are high-impact ones, the first of the order in plan.safetensors.
+
+    Attributes:
+        bits: of their weight codes.
+        count: how many.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    bits: Literal[3, 4, 8]
+    count: Annotated[NonNegativeInt, Field(multiple_of=CHANNEL_STEP)]
+
+
 class SiteChoice(BaseModel):
     """What one site got.
 
@@ -39,6 +54,7 @@ class SiteChoice(BaseModel):
         cost_flops: what the transform costs online, FLOPs per token; what folds into weights costs nothing.
         error: what it was chosen by, relative error on held-out text; None where nothing was measured.
         evidence: further numbers that the choice rests on, such as kurtosis and z.
+        high: its high-impact channels; None is none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -50,6 +66,7 @@ class SiteChoice(BaseModel):
     cost_flops: NonNegativeInt
     error: Annotated[FiniteFloat, Field(ge=0)] | None = None
     evidence: dict[str, FiniteFloat] = Field(default_factory=dict)
+    high: HighChoice | None = None
 
     @model_validator(mode="after")
     def _check_form(self) -> Self:
@@ -78,8 +95,12 @@ def transforms_entry(
     return {
         "policy": str(policy),
         "model": _identity(config, fingerprint),
-        "sites": [choice.model_dump(mode="json") for choice in ordered],
+        "sites": [choice.model_dump(mode="json", exclude=_absent(choice)) for choice in ordered],
     }
+
+
+def _absent(choice: SiteChoice) -> set[str]:
+    return {"high"} if choice.high is None else set()
 
 
 def read_choices(path: Path, config: LlamaConfig, fingerprint: str) -> tuple[SiteChoice, ...]:

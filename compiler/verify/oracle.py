@@ -5,6 +5,7 @@ would do), and is written to be read: the compiled model is right where the two 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Protocol, cast
 
@@ -17,19 +18,21 @@ from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.learn.factors import Factors
 from planish.compiler.quantize.arithmetic import (
     QuantizedWeight,
+    channels_of,
     dequantize_kv,
     low_bit_linear,
     low_bit_product,
     quantize_activation,
     quantize_kv,
 )
+from planish.passes.high_impact import Segment, segments
 from planish.passes.quantize_linears import LM_HEAD
 from planish.passes.scheme import FLOAT_BITS, LinearFormat, Scheme
 from planish.passes.transforms import Site, Transform, Transforms
 
 __all__ = ["Batch", "Follow", "Oracle"]
 
-#: module name, such as model.layers.3.self_attn.q_proj -> its codes
+#: module, such as model.layers.3.self_attn.q_proj, or segment of it, as `Segment.of` calls it -> its codes
 WeightCodes = Callable[[str], QuantizedWeight]
 
 
@@ -50,8 +53,15 @@ class Follow(Protocol):
     each is shown to be within its rights, compares all the arithmetic and none of the luck.
     """
 
-    def activation(self, site: str, scaled: Tensor, codes: Tensor) -> Tensor:
-        """Return the codes to go on with at `site`, given the oracle's, and its x / scale before rounding."""
+    def activation(self, site: str, segment: Segment, scaled: Tensor, codes: Tensor) -> Tensor:
+        """Return the codes to go on with in a segment of the channels at `site`.
+
+        Args:
+            site: such as model.layers.3.attn_in, or lm_head.
+            segment: says which channels, and their bits.
+            scaled: the oracle's x / scale before rounding, of these channels.
+            codes: what it was rounded to.
+        """
 
     def cached(self, name: str, x: Tensor, codes: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
         """Return the codes and stored scales to go on with for the keys or values `x` that `name` caches."""
@@ -65,7 +75,7 @@ class Oracle:
         scheme: gives the formats.
         codes: gives the codes of quantised linears; not called for a float scheme.
         follow: another run whose roundings to follow.
-        transforms: what runs online, and the clips.
+        transforms: what runs online, the clips, and the high-impact channels.
     """
 
     def __init__(
@@ -179,13 +189,22 @@ class Oracle:
         return outputs
 
     def _low_bit(self, x: Tensor, site: str, modules: list[str], form: LinearFormat) -> list[Tensor]:
+        clip, high = 1.0, None
+        if self._transforms is not None:
+            clip, high = self._transforms.clip(modules[0]), self._transforms.high(modules[0])
+        by_segment = [self._segment(x, site, modules, segment) for segment in segments(form, high, clip)]
+        return [functools.reduce(torch.add, products) for products in zip(*by_segment, strict=True)]
+
+    def _segment(self, x: Tensor, site: str, modules: list[str], segment: Segment) -> list[Tensor]:
+        """Return the products of one segment of the input channels with those of `modules`."""
+        x, form = channels_of(x, segment), segment.format
+        weights = [self._codes(segment.of(module)) for module in modules]
         if form.weight_only:
-            return [low_bit_linear(x, self._codes(module), form) for module in modules]
-        clip = form.clip if self._transforms is None else form.clip * self._transforms.clip(modules[0])
-        codes, scale = quantize_activation(x, form.activation_bits, clip)
+            return [low_bit_linear(x, weight, form) for weight in weights]
+        codes, scale = quantize_activation(x, form.activation_bits, form.clip)
         if self._follow:
-            codes = self._follow.activation(site, x / scale, codes)
-        return [low_bit_product(codes, scale, self._codes(module), form.activation_bits) for module in modules]
+            codes = self._follow.activation(site, segment, x / scale, codes)
+        return [low_bit_product(codes, scale, weight, form.activation_bits) for weight in weights]
 
     def _norm(self, x: Tensor, module: str) -> Tensor:
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.errors import AccuracyError
+from planish.compiler.quantize.arithmetic import channels_of
 from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.runtime.session import Session
 from planish.compiler.verify.oracle import Oracle
+from planish.passes.high_impact import SUFFIXES, Segment
 from planish.passes.scheme import FLOAT_BITS, Scheme
 from planish.passes.transforms import Transforms
 from planish.plugins.packing import unpack
@@ -129,10 +131,10 @@ class _Run:
         self.sites: dict[str, str] = {}
         for i in range(layers):
             for module, site in _SITES.items():
-                product = f"model.layers.{i}.{module}"
-                for name in (f"{product}.input", f"{product}.matmul.input"):
-                    if name in made:
-                        self.sites[f"model.layers.{i}.{site}"] = name
+                for linear in (f"model.layers.{i}.{module}", f"model.layers.{i}.{module}.matmul"):
+                    for suffix in SUFFIXES:
+                        if (name := f"{linear}{suffix}.input") in made:
+                            self.sites[f"model.layers.{i}.{site}{suffix}"] = name
         if "lm_head.input" in made:
             self.sites["lm_head"] = "lm_head.input"
         names += self.sites.values()
@@ -181,11 +183,12 @@ class _Following:
         self.roundings = 0
         self.followed = 0
 
-    def activation(self, site: str, scaled: Tensor, codes: Tensor) -> Tensor:
-        """Return the codes of the run at `site`."""
-        form = self._scheme.lm_head if site == "lm_head" else self._scheme.linear
-        zero = 1 << form.activation_bits - 1
+    def activation(self, site: str, segment: Segment, scaled: Tensor, codes: Tensor) -> Tensor:
+        """Return the codes of the run in a segment of the channels at `site`."""
+        site, zero = segment.of(site), 1 << segment.format.activation_bits - 1
         theirs = torch.from_numpy(self._run.outputs[self._run.sites[site]])
+        if theirs.shape != codes.shape:  # SpreadRestSegmentPass leaves them among the others
+            theirs = channels_of(theirs, segment)
         self._check(site, scaled.clamp(-zero, zero - 1) + zero, codes, theirs)
         return theirs
 

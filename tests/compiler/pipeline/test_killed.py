@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def command(model: Path, text: Path) -> Callable[[Path], list[str]]:
     """Returns the arguments that compile to a folder."""
-    few = ("--dataset", text, "--nsamples", SEQUENCES, "--seqlen", 32, "--polish", EPOCHS)
+    few = ("--select", "fixed:affine", "--dataset", text, "--nsamples", SEQUENCES, "--seqlen", 32, "--polish", EPOCHS)
     return lambda out: [str(each) for each in ("compile", model, "--scheme", "w3a3k3v3", *few, "-o", out)]
 
 

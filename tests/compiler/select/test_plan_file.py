@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import PlanError
 from planish.compiler.select.plan_file import MATRICES_FILE, load_transforms, save_transforms
+from planish.passes.high_impact import HighImpact
 from planish.passes.transforms import SITES, LayerTransforms, Transform, Transforms
 
 CONFIG = LlamaConfig(
@@ -203,3 +205,72 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
     save_file({"weight": matrix(0, 2)}, tmp_path / MATRICES_FILE)
     with pytest.raises(PlanError, match="metadata do not describe transforms"):
         load_transforms(tmp_path, CONFIG)
+
+
+# High-impact channels
+
+WIDE = dataclasses.replace(CONFIG, intermediate_size=150)
+
+
+def with_high(folder: Path, layer: int = 1) -> Transforms:
+    """Write transforms of which one site has high-impact channels, and return them."""
+    plain = Transform(16)
+    identity = LayerTransforms(plain, Transform(24), plain, Transform(150), Transform(12), Transform(12))
+    high = HighImpact(4, np.random.default_rng(3).permutation(150), 64, 0.75)
+    transforms = Transforms((identity, identity)).with_high({layer: {"ffn_out": high}})
+    save_transforms(transforms, folder)
+    return transforms
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_high_impact_channels_are_saved_and_loaded(layer: int, tmp_path: Path) -> None:
+    expected = with_high(tmp_path, layer).layers[layer].high["ffn_out"]
+    loaded = load_transforms(tmp_path, WIDE)
+    assert not loaded.layers[1 - layer].high
+    ((site, found),) = loaded.layers[layer].high.items()
+    assert (site, found.bits, found.count, found.clip) == ("ffn_out", 4, 64, 0.75)
+    np.testing.assert_array_equal(found.order, expected.order, strict=True)
+    stored = load_file(tmp_path / MATRICES_FILE)
+    assert {name: (each.dtype.name, each.shape) for name, each in stored.items()} == {
+        f"layers.{layer}.ffn_out.order": ("int32", (150,))
+    }
+    assert header_of(tmp_path)["high"][layer] == {"ffn_out": {"bits": 4, "count": 64, "clip": 0.75}}
+
+
+def test_a_file_without_them_is_as_it_was(folder: Path) -> None:
+    assert set(header_of(folder)) == {"format", "layers"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 2}, "high-impact channels have 3, 4 or 8 bits, not 2"),
+        ({"count": 60}, "60 high-impact channels of 150 cannot be: they are a multiple of 64"),
+        ({"count": 192}, "192 high-impact channels of 150 cannot be"),
+        ({"clip": 0.0}, "the clip of the high-impact channels is 0.0"),
+        ({"bits": "4"}, "high.1.ffn_out.bits"),
+        ({"colour": "red"}, "high.1.ffn_out.colour"),
+        ({"order": np.zeros(150, np.int32)}, r"int32 \[150\], is no permutation"),
+        ({"order": np.arange(128)[::-1].astype(np.int32)}, "ffn_out has 150 channels, and the order .* 128"),
+        ({"order": np.ones(150, np.float32)}, "float32 .*, is no permutation"),
+        ({"order": None}, "its high-impact channels have no 'order'"),
+    ],
+)
+def test_high_impact_channels_that_cannot_be(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with_high(tmp_path)
+    header = header_of(tmp_path)
+    tensors = {"layers.1.ffn_out.order": changes.pop("order")} if "order" in changes else {}
+    header["high"][1]["ffn_out"] |= changes
+    rewrite(tmp_path, header, **tensors)
+    with pytest.raises(PlanError, match=message) as caught:
+        load_transforms(tmp_path, WIDE)
+    assert re.search(r"layer 1|high\.1\.ffn_out", str(caught.value))
+
+
+def test_high_impact_channels_of_other_layers(tmp_path: Path) -> None:
+    with_high(tmp_path)
+    header = header_of(tmp_path)
+    header["high"].append({})
+    rewrite(tmp_path, header)
+    with pytest.raises(PlanError, match="high-impact channels for 3 layers of 2"):
+        load_transforms(tmp_path, WIDE)

@@ -12,7 +12,7 @@ from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import PlanError
 from planish.compiler.learn.candidates import Form, kind_of
 from planish.compiler.select.policy import SelectionPolicy
-from planish.compiler.select.site_choice import SiteChoice, read_choices, transforms_entry
+from planish.compiler.select.site_choice import HighChoice, SiteChoice, read_choices, transforms_entry
 from planish.passes.transforms import SITES, Site
 
 CONFIG = LlamaConfig(
@@ -74,6 +74,16 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     }
 
 
+def test_high_impact_channels_are_named_where_there_are_some(tmp_path: Path) -> None:
+    choices = some_choices()
+    choices[3] = choices[3].model_copy(update={"high": HighChoice(bits=4, count=128)})
+    entry = transforms_entry(choices, SelectionPolicy("none"), CONFIG, "abc")
+    assert ["high" in each for each in entry["sites"]] == [i == 3 for i in range(12)]
+    assert entry["sites"][3]["high"] == {"bits": 4, "count": 128}
+    (tmp_path / "plan.json").write_text(json.dumps({"transforms": entry}))
+    assert read_choices(tmp_path / "plan.json", CONFIG, "abc") == tuple(choices)
+
+
 def test_the_order_of_entries_does_not_count(tmp_path: Path) -> None:
     path = write(tmp_path / "plan.json", lambda entry: entry["sites"].reverse())
     assert read_choices(path, CONFIG, "abc") == tuple(some_choices())
@@ -113,6 +123,14 @@ def put(**fields: Any) -> Callable[[dict[str, Any]], Any]:
         (put(error=-1.0), "'error' is -1.0"),
         (put(evidence={"z": "high"}), "'evidence.z' is 'high'"),
         (put(evidence={"z": float("inf")}), "'evidence.z' is inf"),
+        (put(high={"bits": 5, "count": 64}), "layer 1, site ffn_in: 'high.bits' is 5: Input should be 3, 4 or 8"),
+        (
+            put(high={"bits": 4, "count": 65}),
+            "layer 1, site ffn_in: 'high.count' is 65: Input should be a multiple of 64",
+        ),
+        (put(high={"bits": 4, "count": -64}), "'high.count' is -64"),
+        (put(high={"bits": 4}), "layer 1, site ffn_in: 'high.count' is missing"),
+        (put(high=True), "layer 1, site ffn_in: 'high' is True"),
         (put(colour="red"), "layer 1, site ffn_in: unknown field 'colour'; the fields are layer, site, form"),
         (lambda entry: entry["sites"][8].pop("form"), "layer 1, site ffn_in: 'form' is missing"),
         (lambda entry: entry["sites"].pop(8), "layer 1, site ffn_in: there is no entry"),

@@ -25,6 +25,8 @@ __all__ = ["GroupStudy", "PolicyStudy", "SelectionStudy", "study_selection"]
 Values = npt.NDArray[np.float64]
 
 _KINDS: tuple[Kind, ...] = ("rotation", "affine")
+#: Above this p-value an order is taken for chance.
+_CHANCE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +190,10 @@ def _verdict(group: Group, found: GroupStudy) -> str:
     tau = found.calibration.tau
     if math.isnan(tau):
         return f"{rule} cannot be tested: kurtosis, or what affine transforms gain, is the same in all layers."
-    agreement = f"Kendall's tau between kurtosis and the gain of affine transforms is {tau:+.2f}"
+    p_value = found.calibration.p_value
+    agreement = f"Kendall's tau between kurtosis and the gain of affine transforms is {tau:+.2f} (p = {p_value:.2g})"
+    if p_value > _CHANCE:
+        return f"{rule} finds no support on this model: {agreement}, which chance gives as well."
     if found.calibration.agrees:
         return f"{rule} has the right sign on this model: {agreement}."
     return f"{rule} does not hold on this model: {agreement}, and the rule needs the opposite sign."

@@ -30,6 +30,7 @@ class Calibration:
         all_rotation: of rotations everywhere.
         tau: Kendall's tau-b between the statistic and the gain of affine transforms, rotation error less affine error;
             NaN where either is constant.
+        p_value: how probable a tau as far from 0 is where the two have nothing to do with each other; NaN like tau.
         agrees: whether tau has the sign that the rule assumes: positive for attn, negative for ffn.
     """
 
@@ -41,6 +42,7 @@ class Calibration:
     all_affine: float
     all_rotation: float
     tau: float
+    p_value: float
     agrees: bool
 
     @property
@@ -79,7 +81,8 @@ def calibrate_threshold(
     errors = np.array([np.where(s > threshold, above, below).sum() for threshold in thresholds])
     best = int(errors.argmin())
     high = int((s > thresholds[best]).sum())
-    tau = float(kendalltau(s, rotation - affine).statistic)
+    correlation = kendalltau(s, rotation - affine)
+    tau = float(correlation.statistic)
     return Calibration(
         group=group,
         threshold=float(thresholds[best]),
@@ -89,5 +92,6 @@ def calibrate_threshold(
         all_affine=float(affine.sum()),
         all_rotation=float(rotation.sum()),
         tau=tau,
+        p_value=float(correlation.pvalue),
         agrees=bool(sign * tau > 0),
     )

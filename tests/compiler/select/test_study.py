@@ -90,6 +90,15 @@ def test_where_the_rule_fails_it_says_so() -> None:
     assert by_policy(study)["kurtosis:topm=3,2"] > 0
 
 
+def test_chance_is_no_rule() -> None:
+    # Two of the ten pairs of layers are in the other order than eight: p = 0.23.
+    order = {"attn": [3.0, 1.0, 4.0, 2.0, 5.0], "ffn": SAME_ORDER["ffn"]}
+    attn, ffn = study_selection(CONFIG, planted(), order).verdict
+    assert "finds no support on this model" in attn
+    assert "+0.60 (p = 0.23)" in attn
+    assert "does not hold" in ffn
+
+
 def test_moments_predict_what_was_planted() -> None:
     study = study_selection(CONFIG, planted(), {group: [1.0] * 5 for group in ("attn", "ffn")})
     assert [group.rho_tau for group in study.groups.values()] == [pytest.approx(1)] * 2

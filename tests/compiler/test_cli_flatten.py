@@ -39,7 +39,7 @@ def refused(done: Any, code: int, message: str) -> None:
         (["--select", "fixed"], 25, "needs one kind"),
         (["--select", "measured:lots"], 25, "'lots' is not a number"),
         (["--select", "kurtosis:topm=3,1"], 25, "ask for 0 to 2"),
-        (["--select", "search"], 25, "search is not built yet"),
+        (["--select", "search:all"], 25, "the policy search has no option 'all'"),
         (["--scheme", "w16a16k4v4", "--select", "kurtosis"], 25, "leaves linears in floating point"),
         (["--nsamples", "3"], 24, "3 calibration sequences are too few"),
         (["--nsamples", "0"], 24, "hold nothing"),

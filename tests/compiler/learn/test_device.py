@@ -108,7 +108,7 @@ def made(folder: Path, variant: str, policy: str, dataset: str, device: torch.de
     codes = CodesOnDisk(folder / "codes", checkpoint, SCHEME)
     settings = CalibrationSettings(dataset=dataset, nsamples=5, seqlen=16)
     chosen = SelectionPolicy.parse(policy)
-    done = flatten(checkpoint, SCHEME, chosen, settings, 1, 2, folder / "work", codes, Silent(), device)
+    done = flatten(checkpoint, SCHEME, chosen, settings, 1, 2, folder / "work", codes, {}, Silent(), device)
     sites = [layer[site] for layer in done.transforms.layers for site in SITES]
     parts = [part for each in sites for part in (each.scale, each.right, each.left) if part is not None]
     modules = [name.removesuffix(".weight") for name in checkpoint.names() if name.endswith("_proj.weight")]

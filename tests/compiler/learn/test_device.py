@@ -81,11 +81,17 @@ def test_the_pretended_gpu_refuses_what_a_real_one_does() -> None:
             there.numpy()
 
 
+class GeneratorOnTheCpu(torch.Generator):
+    """Of random numbers, wherever they were asked for."""
+
+    def __new__(cls, device: torch.device | None = None) -> "GeneratorOnTheCpu":
+        return super().__new__(cls, "cpu")
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
     """A pretended GPU to enter; what no mode of PyTorch's sees is as it is on the CPU."""
-    generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
+    monkeypatch.setattr(torch, "Generator", GeneratorOnTheCpu)
     # In the backward pass, where activations are computed again, nothing is watched.
     monkeypatch.setattr(polish, "recompute", lambda run, *args, use_reentrant: run(*args))
     return PretendedGpu()

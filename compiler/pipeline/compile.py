@@ -290,7 +290,8 @@ class _Compile:
         return quantize_checkpoint(base, self.scheme, self.work.codes, step, high)
 
     def _lower(self, target: str) -> None:
-        lower(target, self.work.bundle, self.recipe, self.checkpoint.config.max_context, self.progress)
+        bundle, longest = self.work.bundle, self.checkpoint.config.max_context
+        lower(target, bundle / MODEL_FILE, engine_folder(bundle, target), self.recipe, longest, self.progress)
 
     def _stage(self, name: str, folder: Path, make: Callable[[], object]) -> None:
         """Make the files in `folder`, unless a run before finished that."""

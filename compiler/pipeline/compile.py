@@ -31,6 +31,7 @@ from planish.compiler.progress import Progress, Silent
 from planish.compiler.quantize.codes import CodesOnDisk, quantize_checkpoint
 from planish.compiler.runtime.tokenizer import Tokenizer
 from planish.compiler.select.choose_forms import forms_of_plan
+from planish.compiler.select.overrides import resolve_overrides
 from planish.compiler.select.plan_file import save_transforms
 from planish.compiler.verify.passes import PassDrift, verify_flattening
 from planish.compiler.verify.verification import verify
@@ -165,6 +166,7 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
     if policy.name != "none":
         check_calibration(calibration)
         settings["calibration"] = calibration.fingerprint()
+    resolve_overrides(policy.overrides, checkpoint.config.num_hidden_layers)
     if policy.plan is not None:
         settings["plan"] = [each.forms for each in forms_of_plan(policy.plan, checkpoint)]
     high = read_high_impact(recipe, checkpoint, scheme)

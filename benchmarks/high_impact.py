@@ -37,6 +37,7 @@ from planish.compiler.select.channel_split import ChannelSplit
 from planish.compiler.select.choose_forms import choose_forms
 from planish.compiler.select.fitted_transforms import fit_transforms
 from planish.compiler.select.high_channels import (
+    SEQUENCES,
     ChosenChannels,
     HighPolicy,
     check_high_policy,
@@ -112,7 +113,9 @@ class Setting:
         folder = self.folder(row.scheme, f"{self._bits}-{row.budget}-{policy.score}")
         # Sensitivity does not depend on the budget.
         shared = self.folder(row.scheme, "sensitivity")
-        sensitivity = measure_sensitivity(self.checkpoint, self.tokens, form, shared, self._progress, transforms)
+        sensitivity = measure_sensitivity(
+            self.checkpoint, self.tokens[:SEQUENCES], form, shared, self._progress, transforms
+        )
         for path in shared.glob("*.safetensors"):
             link = folder / path.name
             if not link.exists():

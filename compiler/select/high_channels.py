@@ -32,10 +32,20 @@ from planish.passes.high_impact import HighImpact
 from planish.passes.scheme import LinearFormat
 from planish.passes.transforms import HighImpacts, Site, Transforms
 
-__all__ = ["ChosenChannels", "HighPolicy", "check_high_policy", "choose_channels", "high_impacts", "numbers_to_try"]
+__all__ = [
+    "SEQUENCES",
+    "ChosenChannels",
+    "HighPolicy",
+    "check_high_policy",
+    "choose_channels",
+    "high_impacts",
+    "numbers_to_try",
+]
 
-#: Sequences that losses are measured on: enough to tell numbers of channels apart.
-_SEQUENCES = 8
+#: Sequences that sensitivity and losses are measured on: enough to tell channels, and numbers of them, apart.
+SEQUENCES = 8
+#: Losses are measured on one token of so many: all choices on the same ones, so that they compare.
+_EVERY = 4
 #: Shares tried, as multiples of the one at which all groups alike use up the budget.
 _MULTIPLES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 
@@ -133,7 +143,8 @@ def choose_channels(
         SelectionError: see `check_high_policy`.
     """
     split, shapes = ChannelSplit.of(form, policy.bits), group_shapes(checkpoint, BY_SITE)
-    sensitivity = measure_sensitivity(checkpoint, token_ids, form, folder, progress, transforms, device)
+    tokens = token_ids[:SEQUENCES]
+    sensitivity = measure_sensitivity(checkpoint, tokens, form, folder, progress, transforms, device)
     losses: list[PairLosses] = []
     block_weights = [each.output_weight if policy.weighted else 1.0 for each in sensitivity]
     if policy.share is not None:
@@ -151,10 +162,11 @@ def choose_channels(
                 for each in sensitivity
             ],
             numbers_to_try(policy, shapes, split),
-            token_ids[:_SEQUENCES],
+            tokens,
             folder,
             progress,
             transforms=transforms,
+            every=_EVERY,
             device=device,
         )
         counts = choose_counts(losses, shapes, split, policy.average, block_weights)

@@ -98,6 +98,7 @@ def measure_pair_losses(
     progress: Progress,
     groups: Groups = BY_SITE,
     transforms: Transforms | None = None,
+    every: int = 1,
     device: torch.device | None = None,
 ) -> list[PairLosses]:
     """Return the losses at every block, on float inputs, keeping each block's in `folder`: a killed run goes on.
@@ -118,6 +119,7 @@ def measure_pair_losses(
         progress: is told how far the run is.
         groups: the linears whose channels are split alike.
         transforms: behind which channels are; None is none.
+        every: behind attention, where tokens are for themselves, go on with one token of so many.
         device: where a block and a batch are; None is the CPU.
 
     Raises:
@@ -130,7 +132,7 @@ def measure_pair_losses(
 
     def visit(layer: int, block: Block, streams: Streams, outputs: Sequences) -> dict[str, Any]:
         hooks = TransformedHooks(block, factors_of_layer(transforms, layer, device))
-        walk = _Walk(block, hooks, split, orders[layer], counts, groups, angles)
+        walk = _Walk(block, hooks, split, orders[layer], counts, groups, angles, every)
         if split.low.activation_bits < 8:
             walk.find_clips(streams, outputs)
         measured = walk.losses(streams, outputs)
@@ -181,8 +183,10 @@ class _Walk:
         counts: Mapping[str, Sequence[int]],
         groups: Groups,
         angles: Angles,
+        every: int,
     ) -> None:
         self._block, self._hooks, self._groups, self._angles = block, hooks, groups, angles
+        self._every = every
         self._at: dict[Site, list[str]] = {
             site: [name for name, modules in groups.items() if modules[0] in at_site]
             for site, at_site in SITE_MODULES.items()
@@ -227,7 +231,7 @@ class _Walk:
         for part in streams.all_batches():
             flow = enter_block(self._block.config, self._hooks, streams.target[part])
             for touched, output in self._from([*SITE_MODULES], flow, ()):
-                loss = float(residual_loss(output, outputs[part]))
+                loss = float(residual_loss(output, outputs[part][:, :: self._every]))
                 sums[touched] = sums.get(touched, 0.0) + loss * (part.stop - part.start) / len(outputs)
         return sums
 
@@ -242,6 +246,8 @@ class _Walk:
                 continue
             hooks.touched = dict(added)
             behind = run_site(self._block.config, hooks, sites[0], flow, self._angles)
+            if sites[0] == "attn_in":
+                behind = Flow(behind.residual[:, :: self._every], behind.x[:, :: self._every])
             yield from self._from(sites[1:], behind, (*touched, *added))
 
     def _choices_at(self, site: Site, taken: int) -> Iterator[_Touched]:

@@ -83,7 +83,7 @@ def test_every_form_at_every_site(site: Site) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_step_lowers_the_error_of_few_bits(kind: Kind) -> None:
-    each = (Steps(clips=False, fit=False, rounding="nearest"), Steps(fit=False, gptq=False), Steps())
+    each = (Steps(clips=False, fit=False, rounding="nearest"), Steps(fit=False, rounding="nearest"), Steps())
     errors = [error_of(cached_block("gqa"), LOW, forms(kind), steps, ENOUGH) for steps in each]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.8 * errors[0]

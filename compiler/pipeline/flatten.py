@@ -21,20 +21,24 @@ from planish.compiler.learn.next_token import Head, rounded_to_nearest_outputs
 from planish.compiler.learn.polish import polish
 from planish.compiler.learn.refine import Refinement
 from planish.compiler.learn.rotated import RotatedCheckpoint
+from planish.compiler.learn.segments import Rounding
+from planish.compiler.learn.site_fit import Steps
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.transformed import TransformedCheckpoint
+from planish.compiler.pipeline.high_impact import FittedChannels, HighChannels, fit_channels
 from planish.compiler.progress import Progress
-from planish.compiler.quantize.codes import CodesOnDisk, round_in_segments
+from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.select.choose_forms import choose_forms
 from planish.compiler.select.forms import online_flops
 from planish.compiler.select.policy import SelectionPolicy
 from planish.compiler.select.site_choice import HighChoice, SiteChoice, transforms_entry
+from planish.passes.high_impact import no_high_impact
 from planish.passes.scheme import Scheme
-from planish.passes.transforms import SITES, HighImpacts, Site, Transforms
+from planish.passes.transforms import SITES, Site, Transforms
 
 __all__ = ["Flattening", "calibration_on_disk", "check_calibration", "flatten"]
 
-_TOKENS, _CODES, _SEGMENTS, _DIVERGENCE = "calibration.npy", "codes", "segments", "divergence.json"
+_TOKENS, _CODES, _DIVERGENCE = "calibration.npy", "codes", "divergence.json"
 _NEAREST = "rounded to nearest"
 
 
@@ -51,8 +55,7 @@ class Flattening:
         rounded: the checkpoint as it was when its weights were rounded, and their codes: polishing moves gains and the
             scales of codes afterwards.
         lost_to_nearest: in words, if on the held-out sequences the model comes out further from the float one than
-            with nothing flattened and all weights rounded to nearest; else None. Not compared where there are
-            high-impact channels.
+            with nothing flattened and all weights rounded to nearest; else None.
     """
 
     base: Checkpoint
@@ -81,24 +84,31 @@ def flatten(
     refine_epochs: int,
     polish_epochs: int,
     folder: Path,
-    codes: CodesOnDisk,
-    high: HighImpacts,
+    codes_folder: Path,
+    high: HighChannels,
+    rounding: Rounding,
     progress: Progress,
     device: torch.device,
 ) -> Flattening:
     """Flatten `checkpoint` for `scheme`, working in `folder`; refine each block and polish the whole for some epochs.
 
     All of it is computed on `device`, which holds a block and a batch, and the whole model only while that writes the
-    text or is polished. See `flatten_checkpoint` and `polish` for what a killed run keeps. Linears with high-impact
-    channels are rounded to nearest, in segments; with any, nothing can be polished.
+    text or is polished. See `flatten_checkpoint` and `polish` for what a killed run keeps. With high-impact channels,
+    transforms are fitted before blocks are flattened, and channels are chosen behind them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rounded = codes
-    if polish_epochs:
-        (folder / _CODES).mkdir(exist_ok=True)
-        rounded = CodesOnDisk(folder / _CODES, checkpoint, scheme)
     tokens = calibration_on_disk(checkpoint, settings, folder, progress, device)
     chosen = choose_forms(checkpoint, scheme, policy, tokens, folder, progress, settings.seed, device)
+    fitted: FittedChannels | None = None
+    if high.any:
+        forms = [each.forms for each in chosen]
+        fitted = fit_channels(high, checkpoint, scheme, forms, tokens, folder, settings.seed, progress, device)
+    high_of = no_high_impact if fitted is None else fitted.transforms.high
+    codes_folder.mkdir(exist_ok=True)
+    rounded = codes = CodesOnDisk(codes_folder, checkpoint, scheme, high_of)
+    if polish_epochs:
+        (folder / _CODES).mkdir(exist_ok=True)
+        rounded = CodesOnDisk(folder / _CODES, checkpoint, scheme, high_of)
     transforms = flatten_checkpoint(
         checkpoint,
         scheme,
@@ -107,11 +117,12 @@ def flatten(
         folder,
         rounded,
         seed=settings.seed,
+        steps=Steps(rounding=rounding),
         refinement=Refinement(epochs=refine_epochs, seed=settings.seed) if refine_epochs else None,
+        fitted=None if fitted is None else fitted.transforms,
         device=device,
         progress=lambda done, total: progress.step("flatten", done, total),
     )
-    transforms = transforms.with_high(high)
     measured = read_evidence(folder, len(chosen))
     choices = [
         SiteChoice(
@@ -121,41 +132,41 @@ def flatten(
             kind=kind_of(each.forms[site]),
             cost_flops=online_flops(site, transforms.layers[layer][site], checkpoint.config),
             error=measured[layer].get(site, {}).get("error"),
-            evidence={**each.evidence.get(site, {}), **measured[layer].get(site, {})},
+            evidence={
+                **each.evidence.get(site, {}),
+                **measured[layer].get(site, {}),
+                **(fitted.evidence[layer].get(site, {}) if fitted is not None else {}),
+            },
             high=_high_choice(transforms, layer, site),
         )
         for layer, each in enumerate(chosen)
         for site in SITES
     ]
     entry = transforms_entry(choices, policy, checkpoint.config, checkpoint.fingerprint())
+    if fitted is not None and fitted.chosen:
+        entry["high_impact"] = fitted.chosen
     before = TransformedCheckpoint(checkpoint, transforms), rounded
-    lost = None
-    if high:
-        # What was measured on the way has no segments, so it says nothing of the model that is made.
-        codes = round_in_segments(rounded, before[0], scheme, folder / _SEGMENTS, transforms.high)
-        before = before[0], codes
-    else:
-        divergence = _divergence(checkpoint, scheme, tokens, folder, device)
-        if polish_epochs:
-            transforms, entry["polish"] = _polish(
-                checkpoint,
-                scheme,
-                transforms,
-                rounded,
-                tokens,
-                polish_epochs,
-                settings.seed,
-                folder,
-                codes,
-                progress,
-                device,
-            )
-            divergence["flattened and polished"] = min(entry["polish"]["held_out_divergence"])
-        entry["held_out_divergence"], lost = divergence, _loss_to_nearest(divergence)
+    divergence = _divergence(checkpoint, scheme, tokens, folder, device)
+    if polish_epochs:
+        transforms, entry["polish"] = _polish(
+            checkpoint,
+            scheme,
+            transforms,
+            rounded,
+            tokens,
+            polish_epochs,
+            settings.seed,
+            folder,
+            codes,
+            progress,
+            device,
+        )
+        divergence["flattened and polished"] = min(entry["polish"]["held_out_divergence"])
+    entry["held_out_divergence"] = divergence
     made = TransformedCheckpoint(checkpoint, transforms)
     if isinstance(checkpoint, RotatedCheckpoint):
         transforms = dataclasses.replace(transforms, residual=checkpoint.rotation)
-    return Flattening(checkpoint, made, transforms, entry, codes, before, lost)
+    return Flattening(checkpoint, made, transforms, entry, codes, before, _loss_to_nearest(divergence))
 
 
 def _high_choice(transforms: Transforms, layer: int, site: Site) -> HighChoice | None:
@@ -229,8 +240,10 @@ def _polish(
         kept = {}
         for module in MODULES:
             name = f"{part}.{module}"
-            weight = rounded.quantized(name)
-            kept[name] = dataclasses.replace(weight, scale=weight.scale * polished.row_scales[name])
+            for segment in rounded.segments(name):
+                weight = rounded.quantized(segment.of(name))
+                scale = weight.scale * polished.row_scales[segment.of(name)]
+                kept[segment.of(name)] = dataclasses.replace(weight, scale=scale)
         codes.keep(part, kept)
     return polished.transforms, {"epochs": epochs, "held_out_divergence": polished.divergence}
 

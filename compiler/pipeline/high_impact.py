@@ -1,20 +1,115 @@
-"""The high-impact channels that a compile is told of: those of a plan, or of a folder with a plan.safetensors."""
+"""The high-impact channels of a compile: chosen by a policy, or those of a plan or a folder with plan.safetensors."""
 
+import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import PlanError, SelectionError
+from planish.compiler.learn.candidates import Form
 from planish.compiler.pipeline.recipe import Recipe
+from planish.compiler.progress import Progress
+from planish.compiler.select.fitted_transforms import fit_transforms
+from planish.compiler.select.high_channels import HighPolicy, check_high_policy, choose_channels
 from planish.compiler.select.plan_file import MATRICES_FILE, load_transforms, site_widths
 from planish.compiler.select.site_choice import read_choices
 from planish.passes.high_impact import HighImpact, segments
 from planish.passes.scheme import Scheme
-from planish.passes.transforms import HighImpacts, LayerTransforms, Transform, Transforms
+from planish.passes.transforms import HighImpacts, LayerTransforms, Site, Transform, Transforms
 
-__all__ = ["high_impact_fingerprint", "read_high_impact", "untransformed"]
+__all__ = [
+    "FittedChannels",
+    "HighChannels",
+    "fit_channels",
+    "high_channels",
+    "high_impact_fingerprint",
+    "read_high_impact",
+    "untransformed",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class HighChannels:
+    """Where high-impact channels come from.
+
+    Attributes:
+        policy: chooses them; None takes what is given.
+        given: by layer and site.
+    """
+
+    policy: HighPolicy | None
+    given: HighImpacts
+
+    @property
+    def any(self) -> bool:
+        """Whether there will be any."""
+        return self.policy is not None or bool(self.given)
+
+
+def high_channels(recipe: Recipe, checkpoint: Checkpoint, scheme: Scheme) -> HighChannels:
+    """Return where the high-impact channels of a compile come from, checked before anything is made.
+
+    Raises:
+        PlanError: see `read_high_impact`.
+        SelectionError: if settings contradict each other, cannot be fulfilled, or ask for AdaRound without such
+            channels.
+    """
+    policy, given = recipe.parsed_high_policy(), read_high_impact(recipe, checkpoint, scheme)
+    if policy is not None:
+        if given:
+            raise SelectionError(
+                f"The plan {recipe.plan} says which channels are high. Take 'high' out of it, or leave out --avg-bits "
+                "and --hic-ratio."
+            )
+        check_high_policy(policy, checkpoint, scheme.linear)
+    found = HighChannels(policy, given)
+    if recipe.round == "adaround" and not found.any:
+        raise SelectionError(
+            "AdaRound is for high-impact channels, and there are none. Give --avg-bits, or leave out --round."
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedChannels:
+    """Transforms with high-impact channels behind them, before blocks are flattened.
+
+    Attributes:
+        transforms: without clips.
+        evidence: by layer and site, what was measured while they were fitted.
+        chosen: what plan.json holds of the choice of channels; empty where they were given.
+    """
+
+    transforms: Transforms
+    evidence: list[dict[Site, dict[str, float]]]
+    chosen: dict[str, Any]
+
+
+def fit_channels(
+    high: HighChannels,
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    forms: Sequence[dict[Site, Form]],
+    token_ids: npt.NDArray[np.int64],
+    folder: Path,
+    seed: int,
+    progress: Progress,
+    device: torch.device,
+) -> FittedChannels:
+    """Fit the transforms, and choose the channels behind them unless they are given; see `fit_transforms`."""
+    transforms, scales = fit_transforms(checkpoint, scheme, forms, token_ids, folder, progress, seed, device)
+    evidence: list[dict[Site, dict[str, float]]] = [{"ffn_out": each} for each in scales]
+    if high.policy is None:
+        return FittedChannels(transforms.with_high(high.given), evidence, {})
+    chosen = choose_channels(high.policy, checkpoint, scheme.linear, transforms, token_ids, folder, progress, device)
+    return FittedChannels(transforms.with_high(chosen.high), evidence, chosen.evidence)
 
 
 def read_high_impact(recipe: Recipe, checkpoint: Checkpoint, scheme: Scheme) -> HighImpacts:
@@ -27,7 +122,6 @@ def read_high_impact(recipe: Recipe, checkpoint: Checkpoint, scheme: Scheme) -> 
         PlanError: if a file cannot be read or is of another model, if an order is no permutation, a count no multiple
             of `CHANNEL_STEP` or not below the width of its site, or if the bits are not above those of the scheme; the
             message names the layer and the site.
-        SelectionError: if there are any, and polishing is asked for.
     """
     found: HighImpacts = {}
     if recipe.high_impact is not None:
@@ -46,12 +140,7 @@ def read_high_impact(recipe: Recipe, checkpoint: Checkpoint, scheme: Scheme) -> 
                 raise PlanError(
                     f"{source}: layer {layer}, site {site}: {error} ({scheme}). Give them more, or none."
                 ) from error
-    found = {layer: sites for layer, sites in found.items() if sites}
-    if found and recipe.polish:
-        raise SelectionError(
-            "Models with high-impact channels cannot be polished yet. Leave out --polish, or the high-impact channels."
-        )
-    return found
+    return {layer: sites for layer, sites in found.items() if sites}
 
 
 def _of_plan(path: Path, checkpoint: Checkpoint) -> HighImpacts:

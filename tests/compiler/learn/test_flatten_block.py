@@ -9,7 +9,8 @@ from torch import Tensor
 
 from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, Block, run_block
 from planish.compiler.learn.candidates import Form, kind_of
-from planish.compiler.learn.flatten_block import Flattened, Steps, flatten_block
+from planish.compiler.learn.flatten_block import Flattened, flatten_block
+from planish.compiler.learn.site_fit import Steps
 from planish.compiler.learn.streams import Streams
 from planish.compiler.quantize.arithmetic import dequantize_weight
 from planish.compiler.select.forms import MEASURED_FORMS, forms_of_groups
@@ -82,7 +83,7 @@ def test_every_form_at_every_site(site: Site) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_step_lowers_the_error_of_few_bits(kind: Kind) -> None:
-    each = (Steps(clips=False, fit=False, gptq=False), Steps(fit=False, gptq=False), Steps())
+    each = (Steps(clips=False, fit=False, rounding="nearest"), Steps(fit=False, rounding="nearest"), Steps())
     errors = [error_of(cached_block("gqa"), LOW, forms(kind), steps, ENOUGH) for steps in each]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.8 * errors[0]

@@ -49,7 +49,7 @@ def checkpoint(tiny: Path) -> Checkpoint:
 
 def measure(checkpoint: Checkpoint, folder: Path) -> list[PairLosses]:
     orders = orders_of(checkpoint, SPLIT, BY_SITE)
-    return measure_pair_losses(checkpoint, SPLIT, orders, counts_of(BY_SITE, 0, 8, 64), IDS, folder, Silent())
+    return measure_pair_losses(checkpoint, SPLIT, orders, counts_of(BY_SITE, 0, 8, 56), IDS, folder, Silent())
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_equals_transformers_with_rounded_linears(
 def test_more_high_channels_lose_less(measured: list[PairLosses]) -> None:
     assert len(measured) == 2
     for of_layer in measured:
-        assert of_layer.counts == counts_of(BY_SITE, 0, 8, 64)
+        assert of_layer.counts == counts_of(BY_SITE, 0, 8, 56)
         for losses in of_layer.alone.values():
             assert losses == sorted(losses, reverse=True)
 

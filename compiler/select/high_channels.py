@@ -1,0 +1,214 @@
+"""Choose which input channels keep more bits: ranked by sensitivity, their numbers solved within a budget of bits.
+
+Channels are those behind the transforms, which are there already (`fitted_transforms.py`). The Fisher information of
+the float model ranks them, `pair_losses.py` measures what numbers of them cost each block, and `ratios.py` solves for
+the numbers of all blocks together (arXiv 2511.17801).
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from planish.compiler.checkpoint import Checkpoint
+from planish.compiler.errors import SelectionError
+from planish.compiler.learn.block import SITE_MODULES
+from planish.compiler.progress import Progress
+from planish.compiler.select.channel_split import ChannelSplit
+from planish.compiler.select.pair_losses import BY_SITE, PairLosses, group_shapes, measure_pair_losses
+from planish.compiler.select.ratios import (
+    Counts,
+    Shapes,
+    average_bits,
+    choose_counts,
+    counts_of_share,
+    fixed_counts,
+)
+from planish.compiler.select.sensitivity import BlockSensitivity, Score, channel_order, measure_sensitivity
+from planish.passes.high_impact import HighImpact
+from planish.passes.scheme import LinearFormat
+from planish.passes.transforms import HighImpacts, Site, Transforms
+
+__all__ = [
+    "SEQUENCES",
+    "ChosenChannels",
+    "HighPolicy",
+    "check_high_policy",
+    "choose_channels",
+    "high_impacts",
+    "numbers_to_try",
+]
+
+#: Sequences that sensitivity and losses are measured on: enough to tell channels, and numbers of them, apart.
+SEQUENCES = 8
+#: Losses are measured on one token of so many: all choices on the same ones, so that they compare.
+_EVERY = 4
+#: Shares tried, as multiples of the one at which all groups alike use up the budget.
+_MULTIPLES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class HighPolicy:
+    """How high-impact channels are chosen.
+
+    Attributes:
+        bits: of their weight codes.
+        average: the budget, stored bits per weight of the decoder blocks' linears, all counted; None where `share` is
+            given.
+        share: of the channels of every site; None where `average` is given.
+        name: `solved`, numbers of least loss together, or `fixed`, one share for all sites.
+        candidates: shares tried by `solved`; None is some around what the budget allows.
+        score: what ranks channels.
+        weighted: whether the loss of a block counts by how much the model's loss depends on its output.
+    """
+
+    bits: int
+    average: float | None = None
+    share: float | None = None
+    name: Literal["solved", "fixed"] = "solved"
+    candidates: tuple[float, ...] | None = None
+    score: Score = "damage"
+    weighted: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenChannels:
+    """What was chosen.
+
+    Attributes:
+        high: the channels, by layer and site.
+        evidence: what plan.json holds of it under `high_impact`.
+    """
+
+    high: HighImpacts
+    evidence: dict[str, Any]
+
+
+def check_high_policy(policy: HighPolicy, checkpoint: Checkpoint, form: LinearFormat) -> None:
+    """Check that a policy can be fulfilled, before anything is measured.
+
+    Args:
+        policy: to check.
+        checkpoint: gives the shapes of the linears.
+        form: of the linears.
+
+    Raises:
+        SelectionError: if the high bits are not above those of the scheme, the budget is below what the low bits take
+            or above what the high ones could, or a share or candidate cannot be met in whole steps.
+    """
+    split, shapes = ChannelSplit.of(form, policy.bits), group_shapes(checkpoint, BY_SITE)
+    if policy.share is not None:
+        counts_of_share(shapes, split, policy.share)
+    if policy.average is None:
+        return
+    fixed_counts(shapes, split, policy.average)
+    most = average_bits([{name: split.most(split.channels(shape)) for name, shape in shapes.items()}], shapes, split)
+    if policy.average > most:
+        raise SelectionError(
+            f"{policy.average:g} bits per weight are more than high-impact channels of {policy.bits} bits could use: "
+            f"with as many as there can be it takes {most:.3f}. Give fewer bits, or --hic-bits more."
+        )
+    if policy.name == "solved":
+        for name, counts in numbers_to_try(policy, shapes, split).items():
+            split.check_counts(counts, split.channels(shapes[name]))
+
+
+def choose_channels(
+    policy: HighPolicy,
+    checkpoint: Checkpoint,
+    form: LinearFormat,
+    transforms: Transforms,
+    token_ids: npt.NDArray[np.int64],
+    folder: Path,
+    progress: Progress,
+    device: torch.device | None = None,
+) -> ChosenChannels:
+    """Return the high-impact channels of every block; what was measured is kept in `folder`, block by block.
+
+    Args:
+        policy: how.
+        checkpoint: the float model.
+        form: of the linears.
+        transforms: behind which the channels are.
+        token_ids: calibration sequences, int64 [sequences, seq].
+        folder: of this model, these transforms and these tokens alone.
+        progress: is told how far the run is.
+        device: where a block and a batch are; None is the CPU.
+
+    Raises:
+        CalibrationError: if activations, gradients or losses are not finite.
+        SelectionError: see `check_high_policy`.
+    """
+    split, shapes = ChannelSplit.of(form, policy.bits), group_shapes(checkpoint, BY_SITE)
+    tokens = token_ids[:SEQUENCES]
+    sensitivity = measure_sensitivity(checkpoint, tokens, form, folder, progress, transforms, device)
+    losses: list[PairLosses] = []
+    block_weights = [each.output_weight if policy.weighted else 1.0 for each in sensitivity]
+    if policy.share is not None:
+        counts = [counts_of_share(shapes, split, policy.share)] * len(sensitivity)
+    elif policy.average is None:
+        raise SelectionError("High-impact channels have neither a budget nor a share. Give --avg-bits or --hic-ratio.")
+    elif policy.name == "fixed":
+        counts = [fixed_counts(shapes, split, policy.average)] * len(sensitivity)
+    else:
+        losses = measure_pair_losses(
+            checkpoint,
+            split,
+            [
+                {name: channel_order(each, modules, "in", policy.score) for name, modules in BY_SITE.items()}
+                for each in sensitivity
+            ],
+            numbers_to_try(policy, shapes, split),
+            tokens,
+            folder,
+            progress,
+            transforms=transforms,
+            every=_EVERY,
+            device=device,
+        )
+        counts = choose_counts(losses, shapes, split, policy.average, block_weights)
+    stored = average_bits(counts, shapes, split)
+    progress.say(f"high-impact channels: {stored:.3f} bits per weight")
+    evidence = {
+        **{name: value for name, value in dataclasses.asdict(policy).items() if value is not None},
+        "stored_bits": round(stored, 4),
+        "block_weights": block_weights,
+        "counts": counts,
+        "losses": [dataclasses.asdict(each) for each in losses],
+    }
+    return ChosenChannels(high_impacts(counts, sensitivity, policy), evidence)
+
+
+def high_impacts(counts: list[Counts], sensitivity: list[BlockSensitivity], policy: HighPolicy) -> HighImpacts:
+    """Return the channels that a score puts first, so many of each site of each block as `counts` says."""
+    found: HighImpacts = {}
+    for layer, (of_layer, block) in enumerate(zip(counts, sensitivity, strict=True)):
+        sites: dict[Site, HighImpact] = {}
+        for site, modules in SITE_MODULES.items():
+            if of_layer[site]:
+                order = channel_order(block, modules, "in", policy.score)
+                sites[site] = HighImpact(policy.bits, order.numpy(), of_layer[site])
+        if sites:
+            found[layer] = sites
+    return found
+
+
+def numbers_to_try(policy: HighPolicy, shapes: Shapes, split: ChannelSplit) -> dict[str, list[int]]:
+    """Return by group the numbers of high channels that losses are measured for, ascending, 0 among them."""
+    assert policy.average is not None
+    shares = policy.candidates
+    if shares is None:
+        ends = [{name: each * split.most(split.channels(shapes[name])) for name in shapes} for each in (0, 1)]
+        least, most = (average_bits([each], shapes, split) for each in ends)
+        even = (policy.average - least) / (most - least)
+        shares = tuple(multiple * even for multiple in _MULTIPLES)
+    numbers = {}
+    for name, shape in shapes.items():
+        n = split.channels(shape)
+        tried = {min(split.most(n), round(share * n / split.step) * split.step) for share in shares}
+        # The fewest there can be: a share may be too small for a step at every width.
+        numbers[name] = sorted({0, min(split.step, split.most(n)), *tried})
+    return numbers

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.config import LlamaConfig
+from planish.passes.scheme import LinearFormat, Scheme
 from planish.passes.transforms import Site
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Hooks",
     "attend",
     "enter_block",
+    "formats_of",
     "read_block",
     "run_block",
     "run_site",
@@ -55,6 +57,11 @@ class Block:
     def to(self, device: torch.device | None) -> "Block":
         """Return the block on `device`; None leaves it where it is."""
         return Block(self.config, {name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+
+def formats_of(scheme: Scheme) -> dict[str, LinearFormat]:
+    """Return the format of every linear of a block, by its name within the block."""
+    return {module: scheme.at(site) for site, modules in SITE_MODULES.items() for module in modules}
 
 
 def read_block(checkpoint: Checkpoint, layer: int) -> Block:

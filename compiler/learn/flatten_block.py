@@ -93,7 +93,7 @@ def flatten_block(
     codes: dict[str, QuantizedWeight] = {}
     evidence: dict[Site, dict[str, float]] = {}
     for site, modules in SITE_MODULES.items():
-        done = SiteFit(folded, streams, outputs, angles, hooks, site, steps).run(scheme.linear)
+        done = SiteFit(folded, streams, outputs, angles, hooks, site, steps).run(scheme.at(site))
         hooks.clips[site], evidence[site] = done.clip, done.evidence
         if done.high is not None:
             hooks.high[site] = done.high
@@ -101,7 +101,7 @@ def flatten_block(
         for module in modules:
             rows = slice(first_row, first_row + len(folded.weight(module)))
             first_row, hooks.weights[module] = rows.stop, done.weight[rows]
-            for segment, part in zip(segments(scheme.linear, done.high), select_rows(done.parts, rows), strict=True):
+            for segment, part in zip(segments(scheme.at(site), done.high), select_rows(done.parts, rows), strict=True):
                 codes[segment.of(module)] = part
     evidence["ffn_out"] |= scales
     return Flattened(

@@ -106,7 +106,7 @@ def flatten_checkpoint(
                     block,
                     streams,
                     outputs,
-                    scheme,
+                    scheme.block(layer),
                     forms[layer],
                     seed + layer,
                     steps,

@@ -87,7 +87,7 @@ class LowBitHooks:
         x = self.transform(site, x)
         if self.stop == site:
             raise Reached(x)
-        return round_inputs(x, segments(self._scheme.linear, self.high.get(site), self.clips.get(site, 1.0)))
+        return round_inputs(x, segments(self._scheme.at(site), self.high.get(site), self.clips.get(site, 1.0)))
 
     def linear(self, module: str, x: Tensor) -> Tensor:
         """Return the output of a rounded linear, bias included."""

@@ -161,7 +161,7 @@ class _Model:
                 for module in MODULES
                 for segment in codes.segments(f"model.layers.{i}.{module}")
             }
-            self._layers.append(PolishedHooks(folded, factors, scheme, layer, weights))
+            self._layers.append(PolishedHooks(folded, factors, scheme.block(i), layer, weights))
 
     def parameters(self) -> list[Tensor]:
         """Return everything that learns."""

@@ -54,10 +54,10 @@ class PolishedHooks(LowBitHooks):
             for part, factor in (("right", each.right), ("left", each.left)):
                 if factor is not None:
                     self.learned[f"{site}.{part}"] = factor.clone().requires_grad_()
-        bits: dict[Site, int] = dict.fromkeys(SITE_MODULES, scheme.linear.activation_bits)
+        bits: dict[Site, int] = {site: scheme.at(site).activation_bits for site in SITE_MODULES}
         bits |= {"key": scheme.key_bits, "value": scheme.value_bits}
         self._bits = {site: each for site, each in bits.items() if each < 8}
-        self._segments = {site: segments(scheme.linear, layer.high.get(site)) for site in SITE_MODULES}
+        self._segments = {site: segments(scheme.at(site), layer.high.get(site)) for site in SITE_MODULES}
         self._site_of = {module: site for site, modules in SITE_MODULES.items() for module in modules}
         self._clips: dict[str, float] = {site: layer.clip(site) for site in SITES}
         names: list[str] = [*self._bits]

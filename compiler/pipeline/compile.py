@@ -31,12 +31,12 @@ from planish.compiler.progress import Progress, Silent
 from planish.compiler.quantize.codes import CodesOnDisk, quantize_checkpoint
 from planish.compiler.runtime.tokenizer import Tokenizer
 from planish.compiler.select.choose_forms import forms_of_plan
-from planish.compiler.select.overrides import resolve_overrides
+from planish.compiler.select.overrides import override_scheme, resolve_overrides
 from planish.compiler.select.plan_file import save_transforms
 from planish.compiler.verify.passes import PassDrift, verify_flattening
 from planish.compiler.verify.verification import verify
+from planish.passes.formats import LM_HEAD
 from planish.passes.high_impact import HighImpactOf
-from planish.passes.quantize_linears import LM_HEAD
 from planish.passes.scheme import Scheme
 
 __all__ = ["compile_model", "compile_recipe"]
@@ -181,7 +181,7 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
     if policy.name != "none":
         check_calibration(calibration)
         settings["calibration"] = calibration.fingerprint()
-    resolve_overrides(policy.overrides, checkpoint.config.num_hidden_layers)
+    scheme = override_scheme(scheme, resolve_overrides(policy.overrides, checkpoint.config.num_hidden_layers))
     if policy.plan is not None:
         settings["plan"] = [each.forms for each in forms_of_plan(policy.plan, checkpoint)]
     high = high_channels(recipe, checkpoint, scheme)

@@ -135,7 +135,7 @@ def read_high_impact(recipe: Recipe, checkpoint: Checkpoint, scheme: Scheme) -> 
     for layer, sites in found.items():
         for site, high in sites.items():
             try:
-                segments(scheme.linear, high)
+                segments(scheme.at(site, layer), high)
             except ValueError as error:
                 raise PlanError(
                     f"{source}: layer {layer}, site {site}: {error} ({scheme}). Give them more, or none."

@@ -52,7 +52,7 @@ class Recipe(BaseModel):
     """
     overrides: dict[str, SiteOverride] = Field(default_factory=dict)
     r"""Regular expression -> what the sites or linears whose whole names it matches get instead of what the policy
-    says, such as `model.layers.(0|1)\..*: {kind: rotation}`.
+    and the scheme say, such as `model.layers.(0|1)\..*: {kind: rotation, bits: 4}`.
     """
     avg_bits: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Stored bits per weight of the decoder blocks' linears, scales and orders of channels counted, that
@@ -159,7 +159,7 @@ class Recipe(BaseModel):
                 f"The policy {policy} flattens what linears round, and {self.scheme} leaves linears in floating "
                 "point. Leave out --select, --plan, --residual-rotation and overrides, or give the linears low bits."
             )
-        if policy.name == "none" and self.overrides:
+        if policy.name == "none" and any(each.kind or each.form for each in self.overrides.values()):
             raise SelectionError(
                 "The recipe overrides transforms, and the policy none makes none. Leave out the overrides, or give "
                 "--select fixed:rotation or another policy."
@@ -199,6 +199,11 @@ class Recipe(BaseModel):
             raise SelectionError(
                 "High-impact channels are chosen behind transforms, and nothing is flattened here. Give the linears "
                 "low bits, and --select another policy, such as measured:0, which allows nothing that runs online."
+            )
+        if any(each.bits is not None for each in self.overrides.values()):
+            raise SelectionError(
+                "The bits of some sites are given by overrides, and a budget or ratio decides about all of them. Leave "
+                "out the bits of the overrides, or --avg-bits and --hic-ratio."
             )
         return HighPolicy(
             bits=self.hic_bits or (4 if linear.weight_bits < 4 else 8),

@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.quantize.arithmetic import QuantizedWeight, channels_of, quantize_weight
 from planish.passes.codes import PackedWeight
+from planish.passes.formats import LM_HEAD, format_of
 from planish.passes.high_impact import HighImpactOf, Segment, module_of, no_high_impact, segments
-from planish.passes.quantize_linears import LM_HEAD
 from planish.passes.scheme import LinearFormat, Scheme
 from planish.plugins.packing import pack, unpack
 
@@ -47,8 +47,7 @@ class CodesOnDisk:
 
     def segments(self, module: str) -> tuple[Segment, ...]:
         """Return the segments of the input channels of `module`: one, or the high-impact ones and the rest."""
-        form = self._scheme.lm_head if module == LM_HEAD else self._scheme.linear
-        return segments(form, self._high(module))
+        return segments(format_of(self._scheme, module), self._high(module))
 
     def format(self, name: str) -> LinearFormat:
         """Return the format of a module or segment."""

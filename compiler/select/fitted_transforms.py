@@ -58,7 +58,7 @@ def fit_transforms(
     angles, widths = Angles.of(checkpoint.config, token_ids.shape[1], device), site_widths(checkpoint.config)
 
     def visit(layer: int, block: Block, streams: Streams, outputs: Sequences) -> Any:
-        factors, scales = fit_factors(block, streams, outputs, angles, scheme, forms[layer], seed + layer)
+        factors, scales = fit_factors(block, streams, outputs, angles, scheme.block(layer), forms[layer], seed + layer)
         stored = {site: factors[site].stored(widths[site]) for site in SITES}
         kept = folder / f"fitted-{layer}"
         kept.mkdir(exist_ok=True)

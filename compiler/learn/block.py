@@ -10,7 +10,7 @@ from torch import Tensor
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.passes.scheme import LinearFormat, Scheme
-from planish.passes.transforms import Site
+from planish.passes.transforms import SITE_MODULES, Site
 
 __all__ = [
     "MODULES",
@@ -28,13 +28,7 @@ __all__ = [
     "run_site",
 ]
 
-#: Site -> the linears that read it, by their names within a block.
-SITE_MODULES: dict[Site, tuple[str, ...]] = {
-    "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn_out": ("self_attn.o_proj",),
-    "ffn_in": ("mlp.gate_proj", "mlp.up_proj"),
-    "ffn_out": ("mlp.down_proj",),
-}
+#: The linears of a block, named within it.
 MODULES = tuple(module for modules in SITE_MODULES.values() for module in modules)
 
 

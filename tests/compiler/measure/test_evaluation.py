@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.errors import TextError
 from planish.compiler.measure import evaluation
-from planish.compiler.measure.evaluation import evaluate, read_text
+from planish.compiler.measure.evaluation import evaluate
+from planish.compiler.measure.texts import read_text
 
 
 @pytest.mark.parametrize("positions", [512, 20])

@@ -162,11 +162,9 @@ def _manager(known: bool) -> Any:
 def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
-            near = get_close_matches(name, [*LOCAL_TASKS, *known], n=3)
-            meant = (
-                f"Did you mean {' or '.join(dict.fromkeys(near))}?" if near else f"Such as {', '.join(LOCAL_TASKS)}."
-            )
-            raise TaskError(f"lm-evaluation-harness has no task '{name}'. {meant}")
+            near = dict.fromkeys(get_close_matches(name, [*LOCAL_TASKS, *known], n=3))
+            advice = f"Did you mean {' or '.join(near)}?" if near else f"It has {', '.join(LOCAL_TASKS)} and others."
+            raise TaskError(f"lm-evaluation-harness has no task '{name}'. {advice}")
 
 
 def _with_examples(manager: Any, name: str, examples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from planish.compiler.measure.language_model import LanguageModel
 from planish.compiler.measure.texts import Text
 from planish.compiler.runtime.tokenizer import Tokenizer
 
-__all__ = ["Subject", "check_same_tokens", "float_subject", "open_subject"]
+__all__ = ["Subject", "check_same_tokens", "float_subject", "is_bundle", "open_subject"]
 
 #: Targets that are engines, not models that ONNX Runtime executes.
 _ENGINES = ("rtx", "tensorrt")
@@ -58,14 +58,19 @@ def open_subject(source: str | Path, *, target: str | None = None, threads: int 
         EngineMismatchError: if the target is an engine that cannot be loaded here.
         PlanishError: as `Bundle.open` and `open_checkpoint` do.
     """
-    path = Path(source)
-    if (path / MANIFEST_FILE).is_file() or path.suffix == ".onnx":
-        return _of_bundle(Bundle.open(path), target, threads)
+    if is_bundle(source):
+        return _of_bundle(Bundle.open(source), target, threads)
     if target is not None:
         raise UnsupportedModelError(
             f"{source} is no bundle, so it has no target {target}: a checkpoint is run in float32. Leave out --target."
         )
     return _of_checkpoint(open_checkpoint(source), threads)
+
+
+def is_bundle(source: str | Path) -> bool:
+    """Say whether `source` is a bundle, or an ONNX file, which only belongs to one, rather than a checkpoint."""
+    path = Path(source)
+    return (path / MANIFEST_FILE).is_file() or path.suffix == ".onnx"
 
 
 def float_subject(bundle: Bundle, threads: int | None = None) -> Subject:

@@ -18,22 +18,39 @@ from planish.compiler.runtime.tokenizer import Tokenizer
 __all__ = ["DATASETS", "Text", "cut_windows", "dataset", "read_text", "text_file"]
 
 #: Of a data set that no paper has a protocol for, this many characters are read.
-_CHARACTERS = 4 << 20
+_CHARACTERS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text and what to call it.
+    """A text, what to call it, and how it is cut into windows unless one is told otherwise.
 
     Attributes:
         name: the file, or the data set.
         content: the text.
         tokens: how many of its first tokens count; None is all.
+        seqlen: tokens in a window.
+        windows: how many windows; None is all that fit.
     """
 
     name: str
     content: str
     tokens: int | None = None
+    seqlen: int = 512
+    windows: int | None = 20
+
+    def sizes(self, seqlen: int | None, windows: int | None, max_context: int) -> tuple[int, int | None]:
+        """Return tokens in a window, and how many, for a model that sees `max_context`; None takes what is usual.
+
+        Raises:
+            TextError: if windows of `seqlen` tokens were asked for and the model does not see as many.
+        """
+        if seqlen is not None and seqlen > max_context:
+            raise TextError(
+                f"Windows of {seqlen} tokens are longer than the model's context of {max_context}. "
+                f"Ask for {max_context} tokens or fewer (--seqlen)."
+            )
+        return seqlen or min(self.seqlen, max_context), windows or self.windows
 
 
 def text_file(path: str | Path) -> Text:
@@ -59,7 +76,9 @@ def dataset(name: str, progress: Progress) -> Text:
             "A file is given by --text."
         )
     try:
-        return protocol(progress) if protocol else Text(name, hub_text(name, _CHARACTERS, progress))
+        if protocol is None:
+            return Text(name, hub_text(name, _CHARACTERS, progress), seqlen=2048, windows=None)
+        return protocol(progress)
     except CalibrationError as error:
         raise TextError(str(error)) from error
 
@@ -67,7 +86,7 @@ def dataset(name: str, progress: Progress) -> Text:
 def _wikitext2(progress: Progress) -> Text:
     """The raw test split, its rows as they are, joined by blank lines (GPTQ, arXiv 2210.17323)."""
     rows = [row for batch in hub_rows("Salesforce/wikitext:wikitext-2-raw-v1:test", progress) for row in batch]
-    return Text("wikitext2", "\n\n".join(rows))
+    return Text("wikitext2", "\n\n".join(rows), seqlen=2048, windows=None)
 
 
 def _c4(progress: Progress) -> Text:
@@ -76,7 +95,7 @@ def _c4(progress: Progress) -> Text:
     path = hub_file("allenai/c4", "en/c4-validation.00000-of-00008.json.gz", "main")
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         documents = [json.loads(line)["text"] for line in islice(lines, 1100)]
-    return Text("c4", " ".join(documents), 256 * 2048)
+    return Text("c4", " ".join(documents), tokens=256 * 2048, seqlen=2048, windows=None)
 
 
 #: Name -> the text on which papers report perplexity.

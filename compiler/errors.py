@@ -105,7 +105,7 @@ class RecipeError(PlanishError):
 
 
 class TextError(PlanishError):
-    """The text for evaluation is missing, empty, or shorter than what was asked for."""
+    """The text for evaluation is missing, empty, out of reach, or shorter than what was asked for."""
 
     exit_code = 20
 

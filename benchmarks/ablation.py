@@ -34,7 +34,7 @@ from planish.compiler.learn.refine import Refinement
 from planish.compiler.learn.rotated import RotatedCheckpoint
 from planish.compiler.learn.site_fit import Steps
 from planish.compiler.learn.streams import Streams
-from planish.compiler.measure.evaluation import read_text
+from planish.compiler.measure.texts import read_text
 from planish.compiler.progress import Silent
 from planish.compiler.quantize.arithmetic import low_bit_linear, quantize_weight
 from planish.compiler.runtime.tokenizer import Tokenizer

@@ -1,0 +1,328 @@
+"""The kernels of the packed cache run on the host: their warps emulated in C++, called through ctypes.
+
+`Cache` is a packed cache in numpy, with or without pages; `append` and `attend` run the kernels on it, and
+`reference` is attention in float64 over the codes that it holds.
+"""
+
+import ctypes
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from planish.plugins.native import build_library
+from planish.plugins.packing import pack, packed_size, unpack
+from tests.kernel_emulation import FOLDER
+
+__all__ = ["PAGE", "TYPES", "Cache", "append", "attend", "library", "reference"]
+
+Array = npt.NDArray[Any]
+
+#: Tokens of a page.
+PAGE = 64
+#: The types of queries, keys and values: the number that the kernels know them by.
+TYPES: dict[type, int] = {np.float32: 0, np.float16: 1}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Return the library of kv_emulation.cpp."""
+    emulation = ctypes.CDLL(str(build_library(FOLDER / "kv_emulation.cpp")))
+    emulation.planish_float_of_half.argtypes = [ctypes.c_uint16]
+    emulation.planish_float_of_half.restype = ctypes.c_float
+    emulation.planish_half_of_float.argtypes = [ctypes.c_float]
+    emulation.planish_half_of_float.restype = ctypes.c_uint16
+    return emulation
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("bits", ctypes.c_int)]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [
+        ("keys", _Rows),
+        ("values", _Rows),
+        ("pages", ctypes.c_void_p),
+        ("pages_per_sequence", ctypes.c_int),
+        ("block_tokens", ctypes.c_int),
+        ("capacity", ctypes.c_int),
+        ("first_keys", ctypes.c_void_p),
+        ("first_values", ctypes.c_void_p),
+        ("first", ctypes.c_int),
+        ("kv_heads", ctypes.c_int),
+        ("head_dim", ctypes.c_int),
+    ]
+
+
+class _News(ctypes.Structure):
+    _fields_ = [
+        ("batch", ctypes.c_int),
+        ("tokens", ctypes.c_int),
+        ("past", ctypes.c_void_p),
+        ("counts", ctypes.c_void_p),
+    ]
+
+
+class _Map(ctypes.Structure):
+    _fields_ = [("matrix", ctypes.c_void_p), ("count", ctypes.c_int)]
+
+
+class _Grid(ctypes.Structure):
+    _fields_ = [("levels", ctypes.c_float), ("margin", ctypes.c_float)]
+
+
+class _Append(ctypes.Structure):
+    _fields_ = [
+        ("cache", _Cache),
+        ("news", _News),
+        ("queries", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("rotated", ctypes.c_void_p),
+        ("heads", ctypes.c_int),
+        ("cosines", ctypes.c_void_p),
+        ("sines", ctypes.c_void_p),
+        ("key_map", _Map),
+        ("query_map", _Map),
+        ("key_grid", _Grid),
+        ("value_grid", _Grid),
+    ]
+
+
+class _Attend(ctypes.Structure):
+    _fields_ = [
+        ("cache", _Cache),
+        ("news", _News),
+        ("queries", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("y", ctypes.c_void_p),
+        ("heads", ctypes.c_int),
+        ("score_scale", ctypes.c_float),
+    ]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cache:
+    """A packed cache for `batch` sequences of `capacity` tokens; memory that nothing was written to is all ones.
+
+    Attributes:
+        kv_heads: heads of keys and values.
+        head_dim: 64, 96 or 128.
+        bits: of keys and of values.
+        codes: of keys and values, uint8 [blocks, kv_heads, block tokens, bytes].
+        scales: of keys and values, float16 [blocks, kv_heads, block tokens, 2].
+        firsts: of keys and values, float16 [batch, kv_heads, first, head_dim].
+        pages: int32 [batch, pages], or None where a sequence is a block.
+    """
+
+    kv_heads: int
+    head_dim: int
+    bits: tuple[int, int]
+    codes: tuple[Array, Array]
+    scales: tuple[Array, Array]
+    firsts: tuple[Array, Array]
+    pages: Array | None
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        bits: tuple[int, int],
+        *,
+        first: int = 0,
+        rng: np.random.Generator | None = None,
+    ) -> "Cache":
+        """Make a cache; with `rng` it has pages, in a random order, some of which belong to nobody."""
+        pages, blocks, block = None, batch, capacity
+        if rng is not None:
+            count = -(-capacity // PAGE)
+            blocks, block = batch * count + 3, PAGE
+            pages = rng.permutation(blocks)[: batch * count].reshape(batch, count).astype(np.int32)
+        shape = (blocks, kv_heads, block)
+        return cls(
+            kv_heads,
+            head_dim,
+            bits,
+            (_ones((*shape, packed_size(head_dim, bits[0])), np.uint8), _ones((*shape, packed_size(head_dim, bits[1])), np.uint8)),
+            (_ones((*shape, 2), np.float16), _ones((*shape, 2), np.float16)),
+            (_ones((batch, kv_heads, first, head_dim), np.float16), _ones((batch, kv_heads, first, head_dim), np.float16)),
+            pages,
+        )  # fmt: skip
+
+    @property
+    def capacity(self) -> int:
+        return self.codes[0].shape[2] if self.pages is None else self.pages.shape[1] * PAGE
+
+    def fill(self, rng: np.random.Generator, tokens: Array, spread: float = 1.0) -> None:
+        """Write random codes, scales, zeros and first tokens for the first `tokens` [batch] of every sequence."""
+        for sequence, count in enumerate(tokens):
+            rows = self.rows(sequence, int(count))
+            for part in range(2):
+                shape = (int(count), self.kv_heads)
+                codes = rng.integers(0, 1 << self.bits[part], (*shape, self.head_dim), np.uint8)
+                scale = rng.uniform(0.02, 1.0, shape) * spread / (1 << self.bits[part] - 1)
+                zero = scale * -rng.uniform(0.3, 0.7, shape) * ((1 << self.bits[part]) - 1)
+                self.codes[part][rows] = pack(codes, self.bits[part])
+                self.scales[part][rows] = np.stack([scale, zero], -1)
+                first = min(int(count), self.firsts[part].shape[2])
+                self.firsts[part][sequence, :, :first] = rng.standard_normal((self.kv_heads, first, self.head_dim))
+
+    def rows(self, sequence: int, count: int) -> tuple[Array, slice, Array]:
+        """Return the index of a sequence's first `count` tokens in `codes` and `scales`: [count, kv_heads, ...]."""
+        token = np.arange(count)
+        if self.pages is None:
+            return np.full(count, sequence), slice(None), token
+        return self.pages[sequence, token // PAGE], slice(None), token % PAGE
+
+    def values(self, part: int, sequence: int, count: int) -> Array:
+        """Return what the codes of keys (0) or values (1) mean, float64 [count, kv_heads, head_dim]."""
+        rows = self.rows(sequence, count)
+        codes = unpack(self.codes[part][rows], self.bits[part], self.head_dim).astype(np.float64)
+        scale, zero = np.split(self.scales[part][rows].astype(np.float64), 2, -1)
+        values = codes * scale + zero
+        first = min(count, self.firsts[part].shape[2])
+        values[:first] = self.firsts[part][sequence, :, :first].swapaxes(0, 1)
+        return values
+
+    def structure(self) -> _Cache:
+        parts = [
+            _Rows(codes.ctypes.data, scales.ctypes.data, bits)
+            for codes, scales, bits in zip(self.codes, self.scales, self.bits, strict=True)
+        ]
+        first = self.firsts[0].shape[2]
+        return _Cache(
+            *parts,
+            None if self.pages is None else self.pages.ctypes.data,
+            0 if self.pages is None else self.pages.shape[1],
+            self.codes[0].shape[2],
+            self.capacity,
+            *(each.ctypes.data if first else None for each in self.firsts),
+            first,
+            self.kv_heads,
+            self.head_dim,
+        )
+
+
+def append(
+    cache: Cache,
+    past: Array,
+    keys: Array,
+    values: Array,
+    queries: Array | None = None,
+    *,
+    counts: Array | None = None,
+    clips: tuple[float, float] = (1.0, 1.0),
+    angles: tuple[Array, Array] | None = None,
+    maps: tuple[Array, Array] | None = None,
+    rows: int = 1,
+) -> Array | None:
+    """Append to the cache and return the rotated queries, if there are any.
+
+    Args:
+        cache: written to.
+        past: int [batch], tokens that the cache has.
+        keys: float32 or float16 [batch, tokens, kv_heads, head_dim].
+        values: likewise.
+        queries: [batch, tokens, heads, head_dim], likewise.
+        counts: int [batch], new tokens of each sequence; None is all.
+        clips: of keys and of values.
+        angles: cosines and sines, float32 [positions, head_dim / 2]; None is no RoPE.
+        maps: of keys and of queries, float32 [1 or kv_heads, head_dim, head_dim].
+        rows: tokens of a warp.
+    """
+    heads = 0 if queries is None else queries.shape[2]
+    parts = [keys, values] if queries is None else [queries, keys, values]
+    # As a merged linear gives them: side by side.
+    together = _aligned(np.concatenate(parts, 2))
+    size = together.itemsize * cache.head_dim
+    address = together.ctypes.data
+    rotated = None if queries is None else _aligned(np.full_like(queries, np.nan))
+    past, counts = (None if each is None else np.ascontiguousarray(each, np.int32) for each in (past, counts))
+    arrays = [None if pair is None else tuple(map(_aligned, pair)) for pair in (angles, maps)]
+    task = _Append(
+        cache.structure(),
+        _News(*keys.shape[:2], past.ctypes.data, None if counts is None else counts.ctypes.data),
+        address if heads else None,
+        address + heads * size,
+        address + (heads + cache.kv_heads) * size,
+        together.shape[2] * cache.head_dim,
+        TYPES[keys.dtype.type],
+        None if rotated is None else rotated.ctypes.data,
+        heads,
+        *((None, None) if arrays[0] is None else (each.ctypes.data for each in arrays[0])),
+        *((_Map(), _Map()) if arrays[1] is None else (_Map(each.ctypes.data, len(each)) for each in arrays[1])),
+        *(_grid(clip, bits) for clip, bits in zip(clips, cache.bits, strict=True)),
+    )
+    library().planish_append(ctypes.byref(task), rows)
+    return rotated
+
+
+def attend(
+    cache: Cache, past: Array, queries: Array, *, splits: int, counts: Array | None = None, late: bool = True
+) -> Array:
+    """Return attention of queries [batch, tokens, heads, head_dim], which are the last tokens of the cache.
+
+    `splits` is 0 for the kernel of many columns; `late` says when asynchronous copies arrive.
+    """
+    batch, tokens, heads, head_dim = queries.shape
+    source, y = _aligned(queries), _aligned(np.full_like(queries, np.nan))
+    past, counts = (None if each is None else np.ascontiguousarray(each, np.int32) for each in (past, counts))
+    task = _Attend(
+        cache.structure(),
+        _News(batch, tokens, past.ctypes.data, None if counts is None else counts.ctypes.data),
+        source.ctypes.data,
+        heads * head_dim,
+        TYPES[queries.dtype.type],
+        y.ctypes.data,
+        heads,
+        np.log2(np.e) / np.sqrt(head_dim),
+    )
+    library().planish_attend(ctypes.byref(task), splits, late, 96)
+    return y
+
+
+def reference(cache: Cache, past: Array, queries: Array, counts: Array | None = None) -> Array:
+    """Return what `attend` computes, in float64: softmax(q k^T / sqrt(head_dim)) v up to the place of each query."""
+    batch, tokens, heads, head_dim = queries.shape
+    y = np.zeros(queries.shape)
+    for sequence in range(batch):
+        count = tokens if counts is None else int(counts[sequence])
+        total = int(past[sequence]) + count
+        keys, values = (
+            cache.values(part, sequence, total).repeat(heads // cache.kv_heads, 1).swapaxes(0, 1) for part in range(2)
+        )
+        query = queries[sequence, :count].astype(np.float64).swapaxes(0, 1)
+        scores = query @ keys.swapaxes(1, 2) / np.sqrt(head_dim)
+        place = int(past[sequence]) + np.arange(count)
+        scores = np.where(np.arange(total) <= place[:, None], scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True, initial=-np.inf))
+        y[sequence, :count] = (weights / weights.sum(-1, keepdims=True) @ values).swapaxes(0, 1)
+    return y
+
+
+def _grid(clip: float, bits: int) -> _Grid:
+    one = np.float32(1)
+    return _Grid(np.float32((1 << bits) - 1) / np.float32(clip), (one - np.float32(clip)) / np.float32(2))
+
+
+def _aligned(array: Array) -> Array:
+    room = np.empty(array.nbytes + 16, np.uint8)
+    start = -room.ctypes.data % 16
+    copy: Array = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def _ones(shape: tuple[int, ...], dtype: type) -> Array:
+    array = _aligned(np.zeros(shape, dtype))
+    array.view(np.uint8)[...] = 255
+    return array

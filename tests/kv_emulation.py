@@ -148,15 +148,18 @@ class Cache:
             blocks, block = batch * count + 3, PAGE
             pages = rng.permutation(blocks)[: batch * count].reshape(batch, count).astype(np.int32)
         shape = (blocks, kv_heads, block)
+        key_codes, value_codes = (_ones((*shape, packed_size(head_dim, each)), np.uint8) for each in bits)
+        key_scales, value_scales = (_ones((*shape, 2), np.float16) for _ in bits)
+        first_keys, first_values = (_ones((batch, kv_heads, first, head_dim), np.float16) for _ in bits)
         return cls(
             kv_heads,
             head_dim,
             bits,
-            (_ones((*shape, packed_size(head_dim, bits[0])), np.uint8), _ones((*shape, packed_size(head_dim, bits[1])), np.uint8)),
-            (_ones((*shape, 2), np.float16), _ones((*shape, 2), np.float16)),
-            (_ones((batch, kv_heads, first, head_dim), np.float16), _ones((batch, kv_heads, first, head_dim), np.float16)),
+            (key_codes, value_codes),
+            (key_scales, value_scales),
+            (first_keys, first_values),
             pages,
-        )  # fmt: skip
+        )
 
     @property
     def capacity(self) -> int:

@@ -56,45 +56,50 @@ struct PackedTile {
 
 // Sixteen of the first tokens, in float16: in the place of a code stands value * 2^(shift - kFirstExponent), and the
 // grid has the scale that makes a value of it again. Magnitudes up to 1000 fit; what float16 loses is below 2^-18.
+//
+// There are few such tiles, and gathering their elements into registers would take more registers than all the rest: a
+// lane puts them into shared memory of its own, one after the other, and reads them back.
 struct FirstTile {
     static constexpr int kFirstExponent = 6;
 
     const Half* keys;  // [16][D]
     const Half* values;
-    int existing;  // rows behind hold anything
+    int existing;     // rows behind hold anything
+    uint32_t* words;  // [2][D / 8][32], the lanes' own
 
     template <int BITS, int D>
     PLANISH_HD CodePairs<D> key_pairs(int lane, int row) const {
-        using R = Row<BITS, D>;
-        CodePairs<D> pairs;
-        PLANISH_UNROLL
-        for (int e = 0; e < R::kRunCodes; ++e) {
-            const int run = 2 * (lane % 4);
-            pairs.pair[e] = half_pair(element<R>(keys, row, run, e), element<R>(keys, row, run + 1, e));
-        }
-        return pairs;
+        const int run = 2 * (lane % 4);
+        return gather<BITS, D>(keys, lane, row, run, row, run + 1);
     }
 
     template <int BITS, int D>
     PLANISH_HD CodePairs<D> value_pairs(int lane, int row) const {
-        using R = Row<BITS, D>;
-        CodePairs<D> pairs;
-        PLANISH_UNROLL
-        for (int e = 0; e < R::kRunCodes; ++e) {
-            pairs.pair[e] = half_pair(element<R>(values, row, lane / 4, e), element<R>(values, row + 1, lane / 4, e));
-        }
-        return pairs;
+        return gather<BITS, D>(values, lane, row, lane / 4, row + 1, lane / 4);
     }
 
     PLANISH_HD TokenGrid key_grid(int) const { return {power_of_two(kFirstExponent + kCodeExponent), 0}; }
     PLANISH_HD TokenGrid value_grid(int) const { return {power_of_two(kFirstExponent + kCodeExponent), 0}; }
 
   private:
-    template <class R>
-    PLANISH_HD Half element(const Half* rows, int row, int run, int e) const {
-        if (row >= existing) return 0;
-        const float value = float_of_half(rows[row * R::kRunCodes * kRuns + R::channel(run, e)]);
-        return half_of_float(value * power_of_two(R::shift(e) - kFirstExponent));
+    template <int BITS, int D>
+    PLANISH_HD CodePairs<D> gather(const Half* rows, int lane, int low_row, int low_run, int high_row,
+                                   int high_run) const {
+        using R = Row<BITS, D>;
+        uint32_t* own = words + low_row / 8 * R::kRunCodes * kLanes + lane;
+        const auto element = [&](int row, int run, int e) -> Half {
+            if (row >= existing) return 0;
+            const float value = float_of_half(rows[row * D + R::channel(run, e)]);
+            return half_of_float(value * power_of_two(R::shift(e) - kFirstExponent));
+        };
+        PLANISH_ROLLED
+        for (int e = 0; e < R::kRunCodes; ++e) {
+            own[e * kLanes] = half_pair(element(low_row, low_run, e), element(high_row, high_run, e));
+        }
+        CodePairs<D> pairs;
+        PLANISH_UNROLL
+        for (int e = 0; e < R::kRunCodes; ++e) pairs.pair[e] = own[e * kLanes];
+        return pairs;
     }
 };
 

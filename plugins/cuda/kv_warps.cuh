@@ -97,7 +97,8 @@ PLANISH_HD void attend_tiles(const Attend& task, int sequence, int kv_head, int 
     int tile = begin;
     for (; tile < end && tile * kTokenTile < cache.first; tile += step) {
         const int64_t at = first_row_of(cache, sequence, kv_head, tile * kTokenTile) * D;
-        const FirstTile first = {cache.first_keys + at, cache.first_values + at, limit - tile * kTokenTile};
+        const FirstTile first = {cache.first_keys + at, cache.first_values + at, limit - tile * kTokenTile,
+                                 reinterpret_cast<uint32_t*>(stages)};
         attend_tile<Warp, D>(cache, first, tile * kTokenTile, limit, queries, sums);
     }
     const StageLayout layout = stage_layout<D>(cache);

@@ -77,10 +77,30 @@ PLANISH_HD void with_bits(int bits, Function function) {
     function(Constant<8>{});
 }
 
-PLANISH_HD float load_float(const void* from, FloatType type, int64_t index) {
-    if (type == FloatType::kFloat32) return static_cast<const float*>(from)[index];
-    const Half half = static_cast<const Half*>(from)[index];
-    return type == FloatType::kFloat16 ? float_of_half(half) : float_of_bits(uint32_t{half} << 16);
+// A lane's share of a query: code e of its two runs at 2 e and 2 e + 1.
+template <int D>
+struct LaneQueries {
+    float value[D / 4];
+};
+
+// Loads the share that `channel_of(i)` says of the vector that begins at element `at`. All elements are asked for
+// before one is waited for.
+template <int D, class ChannelOf>
+PLANISH_HD LaneQueries<D> load_query(const void* queries, FloatType type, int64_t at, ChannelOf channel_of) {
+    LaneQueries<D> query;
+    if (type == FloatType::kFloat32) {
+        PLANISH_UNROLL
+        for (int i = 0; i < D / 4; ++i) query.value[i] = static_cast<const float*>(queries)[at + channel_of(i)];
+        return query;
+    }
+    Half half[D / 4];
+    PLANISH_UNROLL
+    for (int i = 0; i < D / 4; ++i) half[i] = static_cast<const Half*>(queries)[at + channel_of(i)];
+    PLANISH_UNROLL
+    for (int i = 0; i < D / 4; ++i) {
+        query.value[i] = type == FloatType::kFloat16 ? float_of_half(half[i]) : float_of_bits(uint32_t{half[i]} << 16);
+    }
+    return query;
 }
 
 // Queries of the columns first_column .. first_column + 7; those that do not exist are zeros and attend to nothing.
@@ -93,18 +113,20 @@ PLANISH_HD void load_queries(const Attend& task, int sequence, int kv_head, int 
     typename Warp::template PerLane<float> most, sum;
     with_bits(task.cache.keys.bits, [&](auto bits) {
         using R = Row<decltype(bits)::value, D>;
-        const auto value_at = [&](int lane, int run, int e) {
-            const int column = first_column + lane / 4;
-            if (column >= existing) return 0.0f;
-            return load_float(task.queries, task.type,
-                              first + query_offset(task, kv_head, column, task.stride) + R::channel(run, e));
-        };
+        typename Warp::template PerLane<LaneQueries<D>> values;
         Warp::each([&](int lane) {
+            const int column = first_column + lane / 4;
+            const bool exists = column < existing;
+            // Where there is no such column, one that can be read.
+            const int64_t at = first + query_offset(task, kv_head, exists ? column : 0, task.stride);
+            values[lane] = load_query<D>(task.queries, task.type, at,
+                                         [&](int i) { return R::channel(2 * (lane % 4) + i % 2, i / 2); });
             most[lane] = sum[lane] = 0;
-            for (int i = 0; i < 2 * R::kRunCodes; ++i) {
-                const float x = value_at(lane, 2 * (lane % 4) + i % 2, i / 2);
-                most[lane] = fmaxf(most[lane], fabsf(x));
-                sum[lane] += x;
+            PLANISH_UNROLL
+            for (int i = 0; i < D / 4; ++i) {
+                if (!exists) values[lane].value[i] = 0;
+                most[lane] = fmaxf(most[lane], fabsf(values[lane].value[i]));
+                sum[lane] += values[lane].value[i];
             }
         });
         // The four lanes of a column.
@@ -113,13 +135,13 @@ PLANISH_HD void load_queries(const Attend& task, int sequence, int kv_head, int 
         Warp::each([&](int lane) {
             const int exponent = (static_cast<int>(bits_of(most[lane]) >> 23) & 255) - 127;
             const int kept = exponent < -100 ? -100 : exponent;
+            const float factor = power_of_two(kQueryExponent - kept);
             most[lane] = power_of_two(kept - kQueryExponent - kCodeExponent);
             PLANISH_UNROLL
             for (int e = 0; e < R::kRunCodes; ++e) {
-                const float factor = power_of_two(kQueryExponent - kept) * power_of_two(-R::shift(e));
-                const int run = 2 * (lane % 4);
-                queries.pairs[lane].pair[e] = half_pair(half_of_float(value_at(lane, run, e) * factor),
-                                                        half_of_float(value_at(lane, run + 1, e) * factor));
+                const float scale = factor * power_of_two(-R::shift(e));
+                queries.pairs[lane].pair[e] = half_pair(half_of_float(values[lane].value[2 * e] * scale),
+                                                        half_of_float(values[lane].value[2 * e + 1] * scale));
             }
         });
     });

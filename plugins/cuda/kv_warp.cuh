@@ -22,6 +22,15 @@ struct Two {
 #if defined(__CUDACC__)
 
 struct KvDeviceWarp : DeviceWarp {
+    // What is computed from the lane is computed where it is used: kept from tile to tile, the addresses of every width
+    // of codes would take more registers than there are.
+    template <class Function>
+    static __device__ __forceinline__ void each(Function function) {
+        int lane = static_cast<int>(threadIdx.x) % kLanes;
+        asm volatile("" : "+r"(lane));
+        function(lane);
+    }
+
     // D = A B + D of m16n8k16: float16 operands, float32 sums. Native from sm_80 on to sm_121.
     static __device__ __forceinline__ void mma_half(PerLane<FloatC>& c, const PerLane<FragmentA>& a,
                                                     const PerLane<FragmentB>& b) {

@@ -179,4 +179,4 @@ def call(library: ctypes.CDLL, name: str, *arguments: object) -> None:
     message = library.planish_last_error().decode()
     if status == 1:
         raise ValueError(message)
-    raise KernelError(f"{message}. The kernels are for GPUs of compute capability 8.x to 12.x, see docs/kernels.md.")
+    raise KernelError(f"{message}. See docs/kernels.md for the GPUs that they are compiled for.")

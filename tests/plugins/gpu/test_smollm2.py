@@ -123,10 +123,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], B
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 12, 40])
-@pytest.mark.parametrize(
-    "policy", ["none", pytest.param("fixed:affine", marks=pytest.mark.slow)], ids=["none", "affine"]
-)
+@pytest.mark.parametrize("policy", ["none", "fixed:affine"], ids=["none", "affine"])
 def test_linears_give_the_portable_models_activations(
     policy: str,
     tokens: int,

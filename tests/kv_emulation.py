@@ -12,99 +12,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from planish.plugins.kernel_library import call
+from planish.plugins.kv_library import PAGE_TOKENS, AppendTask, AttendTask, CacheArrays, TokenCounts, bind_kv
 from planish.plugins.native import build_library
 from planish.plugins.packing import pack, packed_size, unpack
-from tests.kernel_emulation import FOLDER
+from tests.kernel_emulation import FOLDER, aligned
 
-__all__ = ["PAGE", "TYPES", "Cache", "append", "attend", "library", "reference"]
+__all__ = ["TYPES", "Cache", "append", "attend", "library", "reference"]
 
 Array = npt.NDArray[Any]
 
-#: Tokens of a page.
-PAGE = 64
 #: The types of queries, keys and values: the number that the kernels know them by.
 TYPES: dict[type, int] = {np.float32: 0, np.float16: 1}
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Return the library of kv_emulation.cpp."""
-    emulation = ctypes.CDLL(str(build_library(FOLDER / "kv_emulation.cpp")))
+    """Return the library of kv_emulation.cpp: the C interface of the kernels, for arrays of the host."""
+    emulation = bind_kv(ctypes.CDLL(str(build_library(FOLDER / "kv_emulation.cpp"))))
     emulation.planish_float_of_half.argtypes = [ctypes.c_uint16]
     emulation.planish_float_of_half.restype = ctypes.c_float
     emulation.planish_half_of_float.argtypes = [ctypes.c_float]
     emulation.planish_half_of_float.restype = ctypes.c_uint16
     return emulation
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = [("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("bits", ctypes.c_int)]
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = [
-        ("keys", _Rows),
-        ("values", _Rows),
-        ("pages", ctypes.c_void_p),
-        ("pages_per_sequence", ctypes.c_int),
-        ("block_tokens", ctypes.c_int),
-        ("capacity", ctypes.c_int),
-        ("first_keys", ctypes.c_void_p),
-        ("first_values", ctypes.c_void_p),
-        ("first", ctypes.c_int),
-        ("kv_heads", ctypes.c_int),
-        ("head_dim", ctypes.c_int),
-    ]
-
-
-class _News(ctypes.Structure):
-    _fields_ = [
-        ("batch", ctypes.c_int),
-        ("tokens", ctypes.c_int),
-        ("past", ctypes.c_void_p),
-        ("counts", ctypes.c_void_p),
-    ]
-
-
-class _Map(ctypes.Structure):
-    _fields_ = [("matrix", ctypes.c_void_p), ("count", ctypes.c_int)]
-
-
-class _Grid(ctypes.Structure):
-    _fields_ = [("levels", ctypes.c_float), ("margin", ctypes.c_float)]
-
-
-class _Append(ctypes.Structure):
-    _fields_ = [
-        ("cache", _Cache),
-        ("news", _News),
-        ("queries", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("stride", ctypes.c_int64),
-        ("type", ctypes.c_int32),
-        ("rotated", ctypes.c_void_p),
-        ("heads", ctypes.c_int),
-        ("cosines", ctypes.c_void_p),
-        ("sines", ctypes.c_void_p),
-        ("key_map", _Map),
-        ("query_map", _Map),
-        ("key_grid", _Grid),
-        ("value_grid", _Grid),
-    ]
-
-
-class _Attend(ctypes.Structure):
-    _fields_ = [
-        ("cache", _Cache),
-        ("news", _News),
-        ("queries", ctypes.c_void_p),
-        ("stride", ctypes.c_int64),
-        ("type", ctypes.c_int32),
-        ("y", ctypes.c_void_p),
-        ("heads", ctypes.c_int),
-        ("score_scale", ctypes.c_float),
-    ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,8 +74,8 @@ class Cache:
         """Make a cache; with `rng` it has pages, in a random order, some of which belong to nobody."""
         pages, blocks, block = None, batch, capacity
         if rng is not None:
-            count = -(-capacity // PAGE)
-            blocks, block = batch * count + 3, PAGE
+            count = -(-capacity // PAGE_TOKENS)
+            blocks, block = batch * count + 3, PAGE_TOKENS
             pages = rng.permutation(blocks)[: batch * count].reshape(batch, count).astype(np.int32)
         shape = (blocks, kv_heads, block)
         key_codes, value_codes = (_ones((*shape, packed_size(head_dim, each)), np.uint8) for each in bits)
@@ -163,7 +93,7 @@ class Cache:
 
     @property
     def capacity(self) -> int:
-        return self.codes[0].shape[2] if self.pages is None else self.pages.shape[1] * PAGE
+        return self.codes[0].shape[2] if self.pages is None else self.pages.shape[1] * PAGE_TOKENS
 
     def fill(self, rng: np.random.Generator, tokens: Array, spread: float = 1.0) -> None:
         """Write random codes, scales, zeros and first tokens for the first `tokens` [batch] of every sequence."""
@@ -184,7 +114,7 @@ class Cache:
         token = np.arange(count)
         if self.pages is None:
             return np.full(count, sequence), slice(None), token
-        return self.pages[sequence, token // PAGE], slice(None), token % PAGE
+        return self.pages[sequence, token // PAGE_TOKENS], slice(None), token % PAGE_TOKENS
 
     def values(self, part: int, sequence: int, count: int) -> Array:
         """Return what the codes of keys (0) or values (1) mean, float64 [count, kv_heads, head_dim]."""
@@ -196,22 +126,18 @@ class Cache:
         values[:first] = self.firsts[part][sequence, :, :first].swapaxes(0, 1)
         return values
 
-    def structure(self) -> _Cache:
-        parts = [
-            _Rows(codes.ctypes.data, scales.ctypes.data, bits)
-            for codes, scales, bits in zip(self.codes, self.scales, self.bits, strict=True)
-        ]
+    def arrays(self) -> CacheArrays:
+        addresses = [each.ctypes.data for each in (self.codes[0], self.scales[0], self.codes[1], self.scales[1])]
         first = self.firsts[0].shape[2]
-        return _Cache(
-            *parts,
+        return CacheArrays(
+            *addresses,
             None if self.pages is None else self.pages.ctypes.data,
-            0 if self.pages is None else self.pages.shape[1],
-            self.codes[0].shape[2],
-            self.capacity,
             *(each.ctypes.data if first else None for each in self.firsts),
             first,
+            self.capacity,
             self.kv_heads,
             self.head_dim,
+            *self.bits,
         )
 
 
@@ -240,32 +166,34 @@ def append(
         clips: of keys and of values.
         angles: cosines and sines, float32 [positions, head_dim / 2]; None is no RoPE.
         maps: of keys and of queries, float32 [1 or kv_heads, head_dim, head_dim].
-        rows: tokens of a warp.
+        rows: tokens of a warp, 1 or 8.
     """
     heads = 0 if queries is None else queries.shape[2]
     parts = [keys, values] if queries is None else [queries, keys, values]
     # As a merged linear gives them: side by side.
-    together = _aligned(np.concatenate(parts, 2))
+    together = aligned(np.concatenate(parts, 2))
     size = together.itemsize * cache.head_dim
     address = together.ctypes.data
-    rotated = None if queries is None else _aligned(np.full_like(queries, np.nan))
+    rotated = None if queries is None else aligned(np.full_like(queries, np.nan))
     past, counts = (None if each is None else np.ascontiguousarray(each, np.int32) for each in (past, counts))
-    arrays = [None if pair is None else tuple(map(_aligned, pair)) for pair in (angles, maps)]
-    task = _Append(
-        cache.structure(),
-        _News(*keys.shape[:2], past.ctypes.data, None if counts is None else counts.ctypes.data),
+    arrays = [None if pair is None else tuple(map(aligned, pair)) for pair in (angles, maps)]
+    task = AppendTask(
+        cache.arrays(),
+        TokenCounts(*keys.shape[:2], past.ctypes.data, None if counts is None else counts.ctypes.data),
         address if heads else None,
         address + heads * size,
         address + (heads + cache.kv_heads) * size,
         together.shape[2] * cache.head_dim,
-        TYPES[keys.dtype.type],
         None if rotated is None else rotated.ctypes.data,
         heads,
+        TYPES[keys.dtype.type],
         *((None, None) if arrays[0] is None else (each.ctypes.data for each in arrays[0])),
-        *((_Map(), _Map()) if arrays[1] is None else (_Map(each.ctypes.data, len(each)) for each in arrays[1])),
-        *(_grid(clip, bits) for clip, bits in zip(clips, cache.bits, strict=True)),
+        *((None, None) if arrays[1] is None else (each.ctypes.data for each in arrays[1])),
+        0 if arrays[1] is None else len(arrays[1][0]),
+        *clips,
     )
-    library().planish_append(ctypes.byref(task), rows)
+    library().planish_choose(0, 0, rows > 1)
+    call(library(), "planish_append_kv", ctypes.byref(task), None)
     return rotated
 
 
@@ -277,19 +205,25 @@ def attend(
     `splits` is 0 for the kernel of many columns; `late` says when asynchronous copies arrive.
     """
     batch, tokens, heads, head_dim = queries.shape
-    source, y = _aligned(queries), _aligned(np.full_like(queries, np.nan))
+    source, y = aligned(queries), aligned(np.full_like(queries, np.nan))
     past, counts = (None if each is None else np.ascontiguousarray(each, np.int32) for each in (past, counts))
-    task = _Attend(
-        cache.structure(),
-        _News(batch, tokens, past.ctypes.data, None if counts is None else counts.ctypes.data),
+    floats = batch * heads * max(splits, 1) * tokens * (head_dim + 2)
+    workspace = aligned(np.full(floats + batch * heads, np.nan, np.float32))
+    task = AttendTask(
+        cache.arrays(),
+        TokenCounts(batch, tokens, past.ctypes.data, None if counts is None else counts.ctypes.data),
         source.ctypes.data,
         heads * head_dim,
-        TYPES[queries.dtype.type],
         y.ctypes.data,
         heads,
-        np.log2(np.e) / np.sqrt(head_dim),
+        TYPES[queries.dtype.type],
+        1 / np.sqrt(head_dim),
+        max(splits, 1),
+        workspace.nbytes,
+        workspace.ctypes.data,
     )
-    library().planish_attend(ctypes.byref(task), splits, late, 96)
+    library().planish_choose(late, splits == 0, 0)
+    call(library(), "planish_attend_kv", ctypes.byref(task), None)
     return y
 
 
@@ -312,20 +246,7 @@ def reference(cache: Cache, past: Array, queries: Array, counts: Array | None = 
     return y
 
 
-def _grid(clip: float, bits: int) -> _Grid:
-    one = np.float32(1)
-    return _Grid(np.float32((1 << bits) - 1) / np.float32(clip), (one - np.float32(clip)) / np.float32(2))
-
-
-def _aligned(array: Array) -> Array:
-    room = np.empty(array.nbytes + 16, np.uint8)
-    start = -room.ctypes.data % 16
-    copy: Array = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
-
-
 def _ones(shape: tuple[int, ...], dtype: type) -> Array:
-    array = _aligned(np.zeros(shape, dtype))
+    array = aligned(np.zeros(shape, dtype))
     array.view(np.uint8)[...] = 255
     return array

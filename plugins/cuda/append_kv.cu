@@ -1,8 +1,8 @@
 // The launcher of kv_append.cuh: a warp for each row, or for kMappedRows rows where there is a key map and more than
 // one token.
 
-#include "kv_append.cuh"
-#include "kv_launch.cuh"
+#include "kv_arguments.cuh"
+#include "launch.cuh"
 
 namespace planish {
 namespace {
@@ -25,67 +25,17 @@ int launch(const Append& task, cudaStream_t stream) {
     return launched("planish_append_kv");
 }
 
-int check(const planish_append& task) {
-    const planish_kv_cache& cache = task.cache;
-    const int kv_heads = cache.kv_heads, head_dim = cache.head_dim;
-    if (task.heads < 0 || task.heads % kv_heads) {
-        return fail(PLANISH_BAD_ARGUMENT, "%d query heads cannot share %d KV heads", task.heads, kv_heads);
-    }
-    for (const float clip : {task.key_clip, task.value_clip}) {
-        if (!(clip > 0 && clip <= 1)) {
-            return fail(PLANISH_BAD_ARGUMENT, "a clip of %g: it is above 0 and at most 1", static_cast<double>(clip));
-        }
-    }
-    if (!task.cosines != !task.sines) return fail(PLANISH_BAD_ARGUMENT, "cosines without sines, or the reverse");
-    if (task.heads && !task.key_map != !task.query_map) {
-        return fail(PLANISH_BAD_ARGUMENT, "keys are mapped and queries are not, or the reverse");
-    }
-    if ((task.key_map || task.query_map) && task.map_count != 1 && task.map_count != kv_heads) {
-        return fail(PLANISH_BAD_ARGUMENT, "%d key maps for %d heads", task.map_count, kv_heads);
-    }
-    if (!aligned(task.cosines) || !aligned(task.sines) || !aligned(task.key_map) || !aligned(task.query_map)) {
-        return fail(PLANISH_BAD_ARGUMENT, "cosines, sines and maps begin at multiples of 16 bytes");
-    }
-    if (const int status = check_vectors("keys", task.keys, task.type, kv_heads, head_dim, task.stride)) return status;
-    if (const int status = check_vectors("values", task.values, task.type, kv_heads, head_dim, task.stride)) {
-        return status;
-    }
-    if (!task.heads) return PLANISH_OK;
-    if (const int status = check_vectors("queries", task.queries, task.type, task.heads, head_dim, task.stride)) {
-        return status;
-    }
-    return check_vectors("rotated queries", task.rotated, task.type, task.heads, head_dim,
-                         int64_t{task.heads} * head_dim);
-}
-
-Grid grid_of(float clip, int bits) { return {static_cast<float>((1 << bits) - 1) / clip, (1.0f - clip) / 2.0f}; }
-
 }  // namespace
 }  // namespace planish
 
 extern "C" int planish_append_kv(const planish_append* given, void* stream) {
     using namespace planish;
-    Append task = {};
-    if (const int status = read_cache(given->cache, task.cache)) return status;
-    if (const int status = read_tokens(given->news, task.news)) return status;
-    if (const int status = check(*given)) return status;
-    task.queries = given->queries;
-    task.keys = given->keys;
-    task.values = given->values;
-    task.stride = given->stride;
-    task.type = static_cast<FloatType>(given->type);
-    task.rotated = given->rotated;
-    task.heads = given->heads;
-    task.cosines = given->cosines;
-    task.sines = given->sines;
-    task.key_map = {given->key_map, given->map_count};
-    task.query_map = {given->query_map, given->map_count};
-    task.key_grid = grid_of(given->key_clip, given->cache.key_bits);
-    task.value_grid = grid_of(given->value_clip, given->cache.value_bits);
+    Append task;
+    if (const int status = read_append(*given, task)) return status;
     const auto on = static_cast<cudaStream_t>(stream);
     return with_head_dim(task.cache.head_dim, [&](auto head_dim) {
         constexpr int kD = decltype(head_dim)::value;
-        if (!given->key_map) return launch<kD, 1, false>(task, on);
+        if (!task.key_map.matrix) return launch<kD, 1, false>(task, on);
         return task.news.tokens == 1 ? launch<kD, 1, true>(task, on) : launch<kD, kMappedRows, true>(task, on);
     });
 }

@@ -5,21 +5,30 @@
 // tokens a sequence has is read on the GPU, so the grid is that of the longest, and the splits of a short one are
 // short. The block of a sequence and KV head that is done last merges the splits; it is found by counting.
 //
-// Registers: 128 for few columns, so that 16 warps are on a multiprocessor, each with 3 tiles under way: 80 KB at 3
+// Registers: 128 at most for few columns, so that 16 warps are on a multiprocessor, each with 3 tiles under way: 80 KB at 3
 // bits and 128 channels, four times what the latency of memory takes.
 
-#include "kv_launch.cuh"
-#include "kv_warps.cuh"
+#include "copy_async.cuh"
+#include "kv_arguments.cuh"
+#include "launch.cuh"
 
 namespace planish {
 namespace {
 
 constexpr int kThreads = kAttendWarps * kLanes;
-constexpr int kBlocksPerSm = 4;
-// Fewer tokens than this are not worth a block.
-constexpr int kSplitTokens = 2 * kAttendWarps * kTokenTile;
 // What a block may have without asking.
 constexpr int kFreeSharedBytes = 48 << 10;
+
+struct AsyncCopy {
+    __device__ __forceinline__ void bytes16(uint8_t* to, const uint8_t* from) { copy_async(to, from, true); }
+
+    __device__ __forceinline__ void commit() { commit_copies(); }
+
+    template <int PENDING>
+    __device__ __forceinline__ void wait() {
+        wait_for_copies<PENDING>();
+    }
+};
 
 struct Workspace {
     float* parts;       // [batch][kv_heads][splits][columns][kPartFloats]
@@ -87,76 +96,30 @@ int launch_many(const Attend& task, cudaStream_t stream) {
     return launched("planish_attend_kv");
 }
 
-int read(const planish_attend& given, Attend& task) {
-    if (const int status = read_cache(given.cache, task.cache)) return status;
-    if (const int status = read_tokens(given.news, task.news)) return status;
-    if (given.heads < 1 || given.heads % given.cache.kv_heads) {
-        return fail(PLANISH_BAD_ARGUMENT, "%d query heads cannot share %d KV heads", given.heads, given.cache.kv_heads);
-    }
-    if (!(given.score_scale > 0))
-        return fail(PLANISH_BAD_ARGUMENT, "scores times %g", static_cast<double>(given.score_scale));
-    task.queries = given.queries;
-    task.stride = given.stride;
-    task.type = static_cast<FloatType>(given.type);
-    task.y = given.y;
-    task.heads = given.heads;
-    task.score_scale = given.score_scale * 1.4426950408889634f;
-    return PLANISH_OK;
-}
-
-// Splits that fill the GPU once and are worth a block each.
-int splits_for(const Attend& task, int multiprocessors) {
-    const int heads = task.news.batch * task.cache.kv_heads;
-    const int most = ceil_div(task.cache.capacity, kSplitTokens), wanted = multiprocessors * kBlocksPerSm / heads;
-    return wanted < 1 ? 1 : wanted < most ? wanted : most;
-}
-
-int64_t part_bytes(const Attend& task, int splits) {
-    const int64_t parts = int64_t{task.news.batch} * task.cache.kv_heads * splits * columns_of(task);
-    return parts * (kPartNumbers + task.cache.head_dim) * static_cast<int64_t>(sizeof(float));
-}
-
 }  // namespace
 }  // namespace planish
 
 extern "C" int planish_plan_attend(planish_attend* given) {
     using namespace planish;
-    Attend task = {};
-    if (const int status = read(*given, task)) return status;
     int device = 0, multiprocessors = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-        return launched("planish_plan_attend");
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     }
-    given->splits = columns_of(task) > kColumns ? 1 : splits_for(task, multiprocessors);
-    const int64_t counters = int64_t{task.news.batch} * task.cache.kv_heads * static_cast<int64_t>(sizeof(unsigned));
-    given->workspace_bytes = given->splits > 1 ? part_bytes(task, given->splits) + counters : 0;
-    return PLANISH_OK;
+    if (error != cudaSuccess) return fail(PLANISH_CUDA_FAILED, "no GPU can be asked: %s", cudaGetErrorString(error));
+    return plan_attend(*given, multiprocessors);
 }
 
 extern "C" int planish_attend_kv(const planish_attend* given, void* stream) {
     using namespace planish;
-    Attend task = {};
-    if (const int status = read(*given, task)) return status;
-    const int head_dim = task.cache.head_dim;
-    if (const int status =
-            check_vectors("queries", given->queries, given->type, given->heads, head_dim, given->stride)) {
-        return status;
-    }
-    if (const int status =
-            check_vectors("outputs", given->y, given->type, given->heads, head_dim, int64_t{given->heads} * head_dim)) {
-        return status;
-    }
-    if (given->splits < 1 || (given->splits > 1 && !given->workspace)) {
-        return fail(PLANISH_BAD_ARGUMENT, "%d splits without a workspace: planish_plan_attend says what it takes",
-                    given->splits);
-    }
+    Attend task;
+    if (const int status = read_attend(*given, task)) return status;
     auto* parts = static_cast<float*>(given->workspace);
-    const Workspace workspace = {
-        parts, reinterpret_cast<unsigned*>(static_cast<uint8_t*>(given->workspace) + part_bytes(task, given->splits))};
+    auto* counters = static_cast<uint8_t*>(given->workspace) + part_bytes(task, given->splits);
+    const Workspace workspace = {parts, reinterpret_cast<unsigned*>(counters)};
     const auto on = static_cast<cudaStream_t>(stream);
-    return with_head_dim(head_dim, [&](auto d) {
-        constexpr int kD = decltype(d)::value;
+    return with_head_dim(task.cache.head_dim, [&](auto head_dim) {
+        constexpr int kD = decltype(head_dim)::value;
         if (columns_of(task) > kColumns) return launch_many<kD>(task, on);
         return launch_few<kD>(task, given->splits, workspace, on);
     });

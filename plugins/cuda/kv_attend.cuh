@@ -68,13 +68,20 @@ struct Queries {
     typename Warp::template PerLane<ColumnNumbers> numbers;
 };
 
-// A number of bits as a type, and the right one for a number that is known at run time only.
+// Calls function(Constant<bits>{}) and function(Constant<head_dim>{}); both have been checked.
 template <class Function>
 PLANISH_HD void with_bits(int bits, Function function) {
     if (bits == 2) return function(Constant<2>{});
     if (bits == 3) return function(Constant<3>{});
     if (bits == 4) return function(Constant<4>{});
     function(Constant<8>{});
+}
+
+template <class Function>
+auto with_head_dim(int head_dim, Function function) {
+    if (head_dim == 64) return function(Constant<64>{});
+    if (head_dim == 96) return function(Constant<96>{});
+    return function(Constant<128>{});
 }
 
 // A lane's share of a query: code e of its two runs at 2 e and 2 e + 1.

@@ -7,12 +7,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "portable.cuh"
-
-#if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
+#include "halves.cuh"
 
 namespace planish {
 
@@ -46,10 +41,7 @@ PLANISH_HD float float_of_half(Half half) {
 #if defined(__CUDA_ARCH__)
     return __half2float(__ushort_as_half(half));
 #else
-    const uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7FFFu;
-    if (magnitude >= 0x7C00u) return float_of_bits(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
-    if (magnitude < 0x400u) return float_of_bits(sign | bits_of(static_cast<float>(magnitude) * power_of_two(-24)));
-    return float_of_bits(sign | ((magnitude << 13) + (112u << 23)));
+    return half_value(half);
 #endif
 }
 

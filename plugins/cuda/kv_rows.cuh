@@ -165,12 +165,13 @@ struct RunPair {
     uint32_t word[R::kPlanes * R::kHalves];
 };
 
-// Calls function(Constant<0>), ... , function(Constant<COUNT - 1>).
+// A number as a type.
 template <int VALUE>
 struct Constant {
     static constexpr int value = VALUE;
 };
 
+// Calls function(Constant<0>{}), ... , function(Constant<COUNT - 1>{}).
 template <int COUNT, int FIRST = 0, class Function>
 PLANISH_HD void for_constants(Function function) {
     if constexpr (FIRST < COUNT) {

@@ -109,7 +109,7 @@ struct ColumnSums {
     typename Warp::template PerLane<Two> most;    // the largest exponent so far, the same for all lanes of a column
     typename Warp::template PerLane<Two> weight;  // sum of w / s over the lane's tokens
     typename Warp::template PerLane<Two> zero;    // sum of w (z / s + middle), likewise
-    typename Warp::template PerLane<FloatC>
+    typename Warp::template PerLane<FragmentF>
         out[D / kTileRows];  // sum of w (c - middle), times 2^(kCodeExponent + shift)
 };
 
@@ -126,8 +126,8 @@ PLANISH_HD void clear(ColumnSums<Warp, D>& sums) {
 // Accumulators of q . c. Two for each, so that no MMA waits for the one before it.
 template <class Warp>
 struct Scores {
-    typename Warp::template PerLane<FloatC> even;
-    typename Warp::template PerLane<FloatC> odd;
+    typename Warp::template PerLane<FragmentF> even;
+    typename Warp::template PerLane<FragmentF> odd;
 };
 
 template <class Warp, int D, int TILES, class Tile>
@@ -152,7 +152,7 @@ PLANISH_HD void multiply_keys(int bits, const Tile& tile, const Queries<Warp, D>
                 Warp::each([&](int lane) {
                     b[lane] = {{queries[n].pairs[lane].pair[2 * i], queries[n].pairs[lane].pair[2 * i + 1]}};
                 });
-                Warp::mma_half(i % 2 ? scores[n].odd : scores[n].even, a, b);
+                Warp::mma_f16(i % 2 ? scores[n].odd : scores[n].even, a, b);
             }
         }
     });
@@ -189,7 +189,7 @@ PLANISH_HD void weigh(const Queries<Warp, D>& queries, const Scores<Warp>& score
                       const typename Warp::template PerLane<TokenNumbers>& tokens, int first_token,
                       ColumnSums<Warp, D>& sums, typename Warp::template PerLane<FragmentB>& weights,
                       typename Warp::template PerLane<FragmentB>& negative) {
-    typename Warp::template PerLane<FloatC> exponents;
+    typename Warp::template PerLane<FragmentF> exponents;
     typename Warp::template PerLane<float> most[2];
     Warp::each([&](int lane) {
         const ColumnNumbers& columns = queries.numbers[lane];
@@ -275,8 +275,8 @@ PLANISH_HD void add_values(int bits, const Tile& tile,
             });
             PLANISH_UNROLL
             for (int n = 0; n < TILES; ++n) {
-                Warp::mma_half(sums[n].out[i], a, weights[n]);
-                Warp::mma_half(sums[n].out[i], middle, negative[n]);
+                Warp::mma_f16(sums[n].out[i], a, weights[n]);
+                Warp::mma_f16(sums[n].out[i], middle, negative[n]);
             }
         }
     });

@@ -9,11 +9,6 @@
 
 namespace planish {
 
-// Accumulators of a float16 MMA, in the places of FragmentC.
-struct FloatC {
-    float reg[4];
-};
-
 // Two floats that a lane holds, one for each of the columns 2 (lane % 4) and 2 (lane % 4) + 1 of an MMA.
 struct Two {
     float value[2];
@@ -29,15 +24,6 @@ struct KvDeviceWarp : DeviceWarp {
         int lane = static_cast<int>(threadIdx.x) % kLanes;
         asm volatile("" : "+r"(lane));
         function(lane);
-    }
-
-    // D = A B + D of m16n8k16: float16 operands, float32 sums. Native from sm_80 on to sm_121.
-    static __device__ __forceinline__ void mma_half(PerLane<FloatC>& c, const PerLane<FragmentA>& a,
-                                                    const PerLane<FragmentB>& b) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(c.value.reg[0]), "+f"(c.value.reg[1]), "+f"(c.value.reg[2]), "+f"(c.value.reg[3])
-            : "r"(a.value.reg[0]), "r"(a.value.reg[1]), "r"(a.value.reg[2]), "r"(a.value.reg[3]), "r"(b.value.reg[0]),
-              "r"(b.value.reg[1]));
     }
 
     // Transposes an 8 x 8 matrix of float16: lane 4 g + t holds columns 2 t and 2 t + 1 of row g.
@@ -74,7 +60,7 @@ struct KvDeviceWarp : DeviceWarp {
 #endif  // __CUDACC__
 
 struct KvHostWarp : HostWarp {
-    static void mma_half(PerLane<FloatC>& c, const PerLane<FragmentA>& a, const PerLane<FragmentB>& b) {
+    static void mma_f16(PerLane<FragmentF>& c, const PerLane<FragmentA>& a, const PerLane<FragmentB>& b) {
         float left[kTileRows][16], right[kTileTokens][16];
         for (int lane = 0; lane < kLanes; ++lane) {
             for (int field = 0; field < 2; ++field) {

@@ -1,12 +1,13 @@
-// Runs the warps of the cache's kernels on the host, one after the other, for the tests in Python.
+// The C interface of the cache's kernels on the host: their checks as they are, their warps run one after the other.
+// All memory is the host's.
 
 #include <cstddef>
 #include <cstring>
 #include <deque>
 #include <vector>
 
-#include "kv_append.cuh"
-#include "kv_warps.cuh"
+#include "arguments.cu"
+#include "kv_arguments.cu"
 
 using namespace planish;
 
@@ -48,42 +49,44 @@ class HostCopy {
     std::deque<std::vector<Move>> groups_;
 };
 
-template <class Function>
-void with_head_dim(int head_dim, Function function) {
-    if (head_dim == 64) return function(Constant<64>{});
-    if (head_dim == 96) return function(Constant<96>{});
-    function(Constant<128>{});
-}
+// What a GPU decides, and tests decide here: when copies arrive, and which of the kernels does it where either can.
+struct Choices {
+    int32_t late = 1;
+    int32_t many = 0;         // attention of many columns whatever their number
+    int32_t mapped_rows = 0;  // kMappedRows tokens to a warp whatever is appended
+} choices;
+
+constexpr int kThreads = 96;
+// Of the GPU that splits are planned for.
+constexpr int kMultiprocessors = 2;
 
 template <int D>
-void attend_few(const Attend& task, int splits, bool late, int threads) {
+void attend_few(const Attend& task, int splits, float* workspace) {
     const int bytes = warp_bytes<D>(task.cache, 1);
     std::vector<Quad> memory(static_cast<std::size_t>(kAttendWarps * bytes) / sizeof(Quad));
     auto* shared = reinterpret_cast<uint8_t*>(memory.data());
-    std::vector<float> workspace(static_cast<std::size_t>(part_offset<D>(task, splits, task.news.batch, 0, 0)),
-                                 std::nanf(""));
     for (int sequence = 0; sequence < task.news.batch; ++sequence) {
         for (int head = 0; head < task.cache.kv_heads; ++head) {
             for (int split = 0; split < splits; ++split) {
                 std::memset(shared, 0xFF, static_cast<std::size_t>(kAttendWarps * bytes));
                 for (int warp = 0; warp < kAttendWarps; ++warp) {
-                    HostCopy copy(late);
+                    HostCopy copy(choices.late != 0);
                     attend_split<KvHostWarp, D>(task, splits, sequence, head, split, warp, shared + warp * bytes, copy);
                 }
-                for (int thread = 0; thread < threads; ++thread) {
+                for (int thread = 0; thread < kThreads; ++thread) {
                     merge_warps<D>(task, splits, sequence, head, split, reinterpret_cast<float*>(shared),
-                                   bytes / static_cast<int>(sizeof(float)), workspace.data(), thread, threads);
+                                   bytes / static_cast<int>(sizeof(float)), workspace, thread, kThreads);
                 }
             }
-            for (int thread = 0; splits > 1 && thread < threads; ++thread) {
-                merge_splits<D>(task, splits, sequence, head, workspace.data(), thread, threads);
+            for (int thread = 0; splits > 1 && thread < kThreads; ++thread) {
+                merge_splits<D>(task, splits, sequence, head, workspace, thread, kThreads);
             }
         }
     }
 }
 
 template <int D>
-void attend_many(const Attend& task, bool late) {
+void attend_many(const Attend& task) {
     const int bytes = warp_bytes<D>(task.cache, kManyTiles);
     std::vector<Quad> memory(static_cast<std::size_t>(bytes) / sizeof(Quad));
     auto* shared = reinterpret_cast<uint8_t*>(memory.data());
@@ -91,7 +94,7 @@ void attend_many(const Attend& task, bool late) {
         for (int head = 0; head < task.cache.kv_heads; ++head) {
             for (int column = 0; column < columns_of(task); column += kManyTiles * kColumns) {
                 std::memset(shared, 0xFF, static_cast<std::size_t>(bytes));
-                HostCopy copy(late);
+                HostCopy copy(choices.late != 0);
                 attend_columns<KvHostWarp, D>(task, sequence, head, column, shared, copy);
             }
         }
@@ -139,20 +142,30 @@ float planish_float_of_half(uint16_t half) { return float_of_half(half); }
 
 uint16_t planish_half_of_float(float value) { return half_of_float(value); }
 
-// Structures are passed as they are: their fields have the sizes and places that ctypes gives them.
-void planish_append(const Append* task, int32_t rows) {
-    with_head_dim(task->cache.head_dim, [&](auto d) {
+void planish_choose(int32_t late, int32_t many, int32_t mapped_rows) { choices = {late, many, mapped_rows}; }
+
+int planish_append_kv(const planish_append* given, void*) {
+    Append task;
+    if (const int status = read_append(*given, task)) return status;
+    with_head_dim(task.cache.head_dim, [&](auto d) {
         constexpr int kD = decltype(d)::value;
-        rows == 1 ? append<kD, 1>(*task) : append<kD, kMappedRows>(*task);
+        choices.mapped_rows ? append<kD, kMappedRows>(task) : append<kD, 1>(task);
     });
+    return PLANISH_OK;
 }
 
-// `splits` is 0 for many columns. `late` says when copies arrive.
-void planish_attend(const Attend* task, int32_t splits, int32_t late, int32_t threads) {
-    with_head_dim(task->cache.head_dim, [&](auto d) {
+int planish_plan_attend(planish_attend* given) { return plan_attend(*given, kMultiprocessors); }
+
+int planish_attend_kv(const planish_attend* given, void*) {
+    Attend task;
+    if (const int status = read_attend(*given, task)) return status;
+    with_head_dim(task.cache.head_dim, [&](auto d) {
         constexpr int kD = decltype(d)::value;
-        splits ? attend_few<kD>(*task, splits, late != 0, threads) : attend_many<kD>(*task, late != 0);
+        if (choices.many || columns_of(task) > kColumns) return attend_many<kD>(task);
+        attend_few<kD>(task, given->splits, static_cast<float*>(given->workspace));
     });
+    return PLANISH_OK;
 }
+
 
 }  // extern "C"

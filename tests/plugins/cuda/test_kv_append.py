@@ -5,9 +5,10 @@ import ctypes
 import numpy as np
 import pytest
 
+from planish.plugins.kv_library import PAGE_TOKENS
 from planish.plugins.ops import append_kv
 from planish.plugins.packing import PACKED_BITS, pack, packed_size, unpack
-from tests.kv_emulation import PAGE, Array, Cache, append, library
+from tests.kv_emulation import Array, Cache, append, library
 from tests.onnx_run import run_op
 
 HEAD_DIMS = (64, 96, 128)
@@ -73,12 +74,13 @@ def untouched(cache: Cache) -> int:
 
 
 def test_halves() -> None:
-    """Every float16 there and back, and floats that lie between two of them."""
-    every = np.arange(1 << 16, dtype=np.uint16)
+    """Float16 of every exponent there and back, and floats that lie between two of them."""
+    every = np.concatenate([np.arange(0, 1 << 16, 37), np.arange(1030)]).astype(np.uint16)
     finite = every[np.isfinite(every.view(np.float16))]
     floats = finite.view(np.float16).astype(np.float32)
     assert [library().planish_float_of_half(int(half)) for half in finite] == floats.tolist()
-    between = (floats[:-1].astype(np.float64) + floats[1:]) / 2
+    above = np.nextafter(finite.view(np.float16), np.float16(np.inf)).astype(np.float64)
+    between = ((floats + above) / 2)[np.isfinite(above)]
     near = np.concatenate([between, np.nextafter(between.astype(np.float32), np.float32(9e9)), floats, floats * 1.0001])
     for value in np.concatenate([near.astype(np.float32), np.float32([65519, 65520, 1e9, 6e-8, 2.9e-8, 1e-30])]):
         with np.errstate(over="ignore"):
@@ -172,7 +174,7 @@ def test_key_map(head_dim: int, count: int, rows: int) -> None:
 def test_pages_and_first_tokens() -> None:
     rng = np.random.default_rng(5)
     past = np.array([60, 0, 130])
-    cache = Cache.empty(3, 2, 3 * PAGE, 96, (3, 4), first=16, rng=rng)
+    cache = Cache.empty(3, 2, 3 * PAGE_TOKENS, 96, (3, 4), first=16, rng=rng)
     keys, values = (vectors(rng, (3, 20, 2, 96), "random") for _ in range(2))
     append(cache, past, keys, values)
     assert_appended(cache, past, (keys, values), (1.0, 1.0))

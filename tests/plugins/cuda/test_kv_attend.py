@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from planish.plugins.kv_library import PAGE_TOKENS
 from planish.plugins.ops import attend as attend_op
 from planish.plugins.packing import PACKED_BITS
-from tests.kv_emulation import PAGE, Array, Cache, attend, reference
+from tests.kv_emulation import Array, Cache, attend, reference
 from tests.onnx_run import run_op
 
 HEAD_DIMS = (64, 96, 128)
@@ -38,7 +39,9 @@ def test_random_caches(bits: int, head_dim: int) -> None:
         paged, late = (bool(rng.integers(2)) for _ in range(2))
         first = int(rng.choice([0, 0, 0, 16]))
         bits_of = (bits, int(rng.choice(PACKED_BITS)))
-        cache = Cache.empty(batch, kv_heads, 2 * PAGE, head_dim, bits_of, first=first, rng=rng if paged else None)
+        cache = Cache.empty(
+            batch, kv_heads, 2 * PAGE_TOKENS, head_dim, bits_of, first=first, rng=rng if paged else None
+        )
         cache.fill(rng, past + tokens, spread=float(rng.choice([0.05, 1.0, 20.0])))
         query = queries(rng, batch, tokens, kv_heads * group, head_dim, spread=float(rng.choice([0.01, 1.0, 4.0])))
         splits = int(rng.integers(1, 5)) if tokens * group <= 8 else 0
@@ -52,7 +55,7 @@ def test_boundaries(bits: int, splits: int) -> None:
     """Contexts of one token, and of one less and one more than whole tiles, warps, splits and pages."""
     rng = np.random.default_rng(splits)
     for total in (1, 2, 15, 16, 17, 63, 64, 65, 4 * TILE * splits - 1, 4 * TILE * splits, 4 * TILE * splits + 1, 256):
-        cache = Cache.empty(1, 1, 4 * PAGE, 64, (bits, bits), rng=rng)
+        cache = Cache.empty(1, 1, 4 * PAGE_TOKENS, 64, (bits, bits), rng=rng)
         cache.fill(rng, np.array([total]))
         query = queries(rng, 1, 1, 4, 64)
         past = np.array([total - 1])
@@ -65,7 +68,7 @@ def test_an_empty_sequence_in_a_batch() -> None:
     """Its outputs are zeros, and nobody else's change."""
     rng = np.random.default_rng(1)
     past, counts = np.array([40, 0, 7]), np.array([1, 0, 1])
-    cache = Cache.empty(3, 2, PAGE, 128, (3, 3))
+    cache = Cache.empty(3, 2, PAGE_TOKENS, 128, (3, 3))
     cache.fill(rng, past + counts)
     query = queries(rng, 3, 1, 2, 128)
     for splits in (0, 1, 3):
@@ -93,7 +96,7 @@ def test_a_prompt(group: int, head_dim: int) -> None:
     """Many new tokens behind a past, of which every one attends up to itself."""
     rng = np.random.default_rng(group)
     past, counts = np.array([0, 33]), np.array([50, 37])
-    cache = Cache.empty(2, 1, 2 * PAGE, head_dim, (3, 3), first=16)
+    cache = Cache.empty(2, 1, 2 * PAGE_TOKENS, head_dim, (3, 3), first=16)
     cache.fill(rng, past + counts)
     query = queries(rng, 2, 50, group, head_dim)
     found = attend(cache, past, query, splits=0, counts=counts)
@@ -108,7 +111,7 @@ def test_values_of_any_size() -> None:
     rng = np.random.default_rng(3)
     past = np.array([70])
     for factor in (2.0**-9, 1.0, 1000.0):
-        cache = Cache.empty(1, 1, 2 * PAGE, 96, (4, 4))
+        cache = Cache.empty(1, 1, 2 * PAGE_TOKENS, 96, (4, 4))
         cache.fill(rng, past + 1)
         cache.scales[1][...] = (cache.scales[1].astype(np.float32) * factor).astype(np.float16)
         cache.scales[0][0, 0, 20] *= np.float16(50)

@@ -48,6 +48,7 @@ class AppendTask(ctypes.Structure):
         ("queries", _array),
         ("keys", _array),
         ("values", _array),
+        ("query_stride", _long),
         ("stride", _long),
         ("rotated", _array),
         ("heads", _int),

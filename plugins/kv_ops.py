@@ -133,7 +133,7 @@ def append_kv(
 ) -> torch.Tensor | None:
     """Append keys, behind RoPE and key map, and values; return the queries behind RoPE and map, or None without any.
 
-    Queries, keys and values may be parts of one merged output: tokens at any distance that all three share.
+    Queries, keys and values may be parts of one merged output: tokens at any distance, the same for keys and values.
 
     Args:
         cache: written to; `cuda/kv_append.cuh` has the formulas.
@@ -154,10 +154,11 @@ def append_kv(
     """
     heads = 0 if queries is None else queries.shape[2]
     stride = _vectors("keys", keys, cache.kv_heads, cache.head_dim, keys)
-    for name, tensor, count in (("values", values, cache.kv_heads), ("queries", queries, heads)):
-        if tensor is not None and _vectors(name, tensor, count, cache.head_dim, keys) != stride:
-            raise ValueError(f"tokens of {name} are {tensor.stride(1)} elements apart, and those of keys {stride}")
+    if _vectors("values", values, cache.kv_heads, cache.head_dim, keys) != stride:
+        raise ValueError(f"tokens of values are {values.stride(1)} elements apart, and those of keys {stride}")
+    query_stride = 0
     if queries is not None:
+        query_stride = _vectors("queries", queries, heads, cache.head_dim, keys)
         out = _output(out, queries, cache.head_dim)
     cosines, sines = angles or (None, None)
     key_map, query_map = maps or (None, None)
@@ -171,10 +172,10 @@ def append_kv(
         raise ValueError(f"{len(key_map)} key maps and {len(query_map)} query maps: as many of one as of the other")
     task = AppendTask(
         cache=cache.arrays(), news=_counts(past, counts, keys), queries=_address(queries), keys=_address(keys),
-        values=_address(values), stride=stride, rotated=_address(out) if heads else None, heads=heads,
-        type=_TYPES[keys.dtype], cosines=_address(cosines), sines=_address(sines), key_map=_address(key_map),
-        query_map=_address(query_map), map_count=0 if key_map is None else len(key_map), key_clip=clips[0],
-        value_clip=clips[1],
+        values=_address(values), query_stride=query_stride, stride=stride, rotated=_address(out) if heads else None,
+        heads=heads, type=_TYPES[keys.dtype], cosines=_address(cosines), sines=_address(sines),
+        key_map=_address(key_map), query_map=_address(query_map), map_count=0 if key_map is None else len(key_map),
+        key_clip=clips[0], value_clip=clips[1],
     )  # fmt: skip
     _launch("planish_append_kv", task, keys.device)
     return out if heads else None

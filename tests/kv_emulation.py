@@ -184,6 +184,7 @@ def append(
         address + heads * size,
         address + (heads + cache.kv_heads) * size,
         together.shape[2] * cache.head_dim,
+        together.shape[2] * cache.head_dim,
         None if rotated is None else rotated.ctypes.data,
         heads,
         TYPES[keys.dtype.type],

@@ -38,10 +38,11 @@ struct HeadMap {
 struct Append {
     KvCache cache;
     NewTokens news;
-    const void* queries;  // [batch][tokens][heads][head_dim]; null is none
-    const void* keys;     // [batch][tokens][kv_heads][head_dim]
-    const void* values;   // likewise
-    int64_t stride;       // elements from token to token, of all three
+    const void* queries;   // [batch][tokens][heads][head_dim]; null is none
+    const void* keys;      // [batch][tokens][kv_heads][head_dim]
+    const void* values;    // likewise
+    int64_t query_stride;  // elements from token to token of queries
+    int64_t stride;        // likewise, of keys and of values
     FloatType type;
     void* rotated;         // queries on their way out, [batch][tokens][heads][head_dim], likewise `type`
     int heads;             // of queries; 0 where there are none
@@ -202,6 +203,7 @@ PLANISH_HD void append_rows(const Append& task, const AppendWork& work, float* s
     const bool is_query = key_head < 0, is_value = value_head >= 0;
     const int head = is_query ? work.head : is_value ? value_head : key_head;
     const int kv_head = is_query ? head / (task.heads / cache.kv_heads) : head;
+    const int64_t stride = is_query ? task.query_stride : task.stride;
     const void* source = is_query ? task.queries : is_value ? task.values : task.keys;
     const int past = task.news.past[work.sequence], count = count_of(task.news, work.sequence);
     const auto exists = [&](int r) {
@@ -215,7 +217,7 @@ PLANISH_HD void append_rows(const Append& task, const AppendWork& work, float* s
         const int channel = lane_channel<D>(lane);
         PLANISH_UNROLL
         for (int r = 0; r < ROWS; ++r) {
-            const int64_t row = token_at(exists(r) ? r : 0) * task.stride + head * D;
+            const int64_t row = token_at(exists(r) ? r : 0) * stride + head * D;
             const int position = past + work.first_token + (exists(r) ? r : 0);
             rows[lane].quad[r] = is_value ? load_quad(source, task.type, row + channel)
                                           : load_rotated<D>(task, source, row, position, channel);

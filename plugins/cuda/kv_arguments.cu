@@ -102,7 +102,7 @@ int check_append(const planish_append& task) {
         return status;
     }
     if (!task.heads) return PLANISH_OK;
-    if (const int status = check_vectors("queries", task.queries, task.type, task.heads, head_dim, task.stride)) {
+    if (const int status = check_vectors("queries", task.queries, task.type, task.heads, head_dim, task.query_stride)) {
         return status;
     }
     return check_vectors("rotated queries", task.rotated, task.type, task.heads, head_dim,
@@ -137,6 +137,7 @@ int read_append(const planish_append& given, Append& task) {
     task.queries = given.queries;
     task.keys = given.keys;
     task.values = given.values;
+    task.query_stride = given.query_stride;
     task.stride = given.stride;
     task.type = static_cast<FloatType>(given.type);
     task.rotated = given.rotated;

@@ -88,6 +88,17 @@ PLANISH_HD float quotient_of(float x, float y) {
 #endif
 }
 
+// 1 / x of a normal x, to one unit in the last place: without the steps that round it and the subroutine for the rest.
+PLANISH_HD float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1 / x;
+#endif
+}
+
 // 2^x, to two units in the last place; 0 below 2^-126.
 PLANISH_HD float power2(float x) {
 #if defined(__CUDA_ARCH__)

@@ -176,7 +176,7 @@ PLANISH_HD TokenNumbers token_numbers(const Tile& tile, int row, int first_token
         const TokenGrid value = exists ? tile.value_grid(row + 8 * r) : TokenGrid{1, 0};
         numbers.key[r] = exists ? tile.key_grid(row + 8 * r) : TokenGrid{0, 0};
         numbers.exponent[r] = log2_of(value.scale);
-        numbers.inverse[r] = quotient_of(1.0f, value.scale);
+        numbers.inverse[r] = reciprocal(value.scale);
         numbers.zero[r] = value.zero * numbers.inverse[r] + middle;
     }
     return numbers;

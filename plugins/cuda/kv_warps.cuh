@@ -189,7 +189,7 @@ PLANISH_HD Merged merge_parts(const ColumnParts& parts, int channel) {
 
 PLANISH_HD void store_y(const Attend& task, int64_t index, const Merged& merged) {
     // A column that attends to nothing gives zeros.
-    const float y = merged.weight > 0 ? merged.value / merged.weight : 0.0f;
+    const float y = merged.weight > 0 ? merged.value * reciprocal(merged.weight) : 0.0f;
     if (task.type == FloatType::kFloat32) {
         static_cast<float*>(task.y)[index] = y;
     } else {

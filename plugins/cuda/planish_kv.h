@@ -46,8 +46,9 @@ struct planish_append {
     const void* queries; /* [batch][tokens][heads][head_dim] of `type`; null where heads is 0 */
     const void* keys;    /* [batch][tokens][kv_heads][head_dim], likewise */
     const void* values;
-    int64_t stride; /* elements from token to token, of all three; a multiple of 8 */
-    void* rotated;  /* [batch][tokens][heads][head_dim] of `type`: queries behind RoPE and query map */
+    int64_t query_stride; /* elements from token to token of queries, a multiple of 8 */
+    int64_t stride;       /* likewise, of keys and of values */
+    void* rotated;        /* [batch][tokens][heads][head_dim] of `type`: queries behind RoPE and query map */
     int32_t heads;
     int32_t type;         /* enum planish_type */
     const float* cosines; /* [positions][head_dim / 2]; null is no RoPE */

@@ -58,7 +58,7 @@ struct Choices {
 
 constexpr int kThreads = 96;
 // Of the GPU that splits are planned for.
-constexpr int kMultiprocessors = 2;
+constexpr int kMultiprocessors = 8;
 
 template <int D>
 void attend_few(const Attend& task, int splits, float* workspace) {
@@ -166,6 +166,5 @@ int planish_attend_kv(const planish_attend* given, void*) {
     });
     return PLANISH_OK;
 }
-
 
 }  // extern "C"

@@ -25,6 +25,8 @@ EXPECTED = {
     "wgmma_linear": {"large_wgmma": ("IGMMA.64x", 255)},
     "weight_only": {"weight_only": ("HMMA.16816.F32", 255)},
     "quantize_tokens": {"quantize": ("FFMA", 64)},
+    "append_kv": {"append_kv": ("SHFL", 128)},
+    "attend_kv": {"attend_few": ("HMMA.16816.F32", 128), "attend_many": ("HMMA.16816.F32", 255)},
 }
 #: What is compiled for the oldest GPUs that are supported, and for Hopper, where a 4-bit MMA would be emulated; what
 #: both have alike, once.
@@ -36,8 +38,11 @@ COMPILED = [
     ("small_linear", "90a"),
     ("quantize_tokens", "90a"),
     ("wgmma_linear", "90a"),
-    *(pytest.param(unit, "80", marks=pytest.mark.slow) for unit in ("quantize_tokens",)),
-    *(pytest.param(unit, "90a", marks=pytest.mark.slow) for unit in ("large_linear", "weight_only")),
+    *(pytest.param(unit, "80", marks=pytest.mark.slow) for unit in ("quantize_tokens", "append_kv", "attend_kv")),
+    *(
+        pytest.param(unit, "90a", marks=pytest.mark.slow)
+        for unit in ("large_linear", "weight_only", "append_kv", "attend_kv")
+    ),
 ]
 
 
@@ -84,6 +89,19 @@ def test_nothing_is_emulated_elsewhere(unit: str, kernel: str, architecture: str
     for name, code in found.items():
         assert kernel in name
         assert not re.search("MMA|CALL|RET", code), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_attention_reads_in_the_background_and_transposes_in_registers(architecture: str, folder: Path) -> None:
+    found = kernels(run("nvdisasm", "-c", cubin("attend_kv", architecture, folder)), r"\.text\.(\w+):")
+    assert len(found) == 6
+    for name, code in found.items():
+        for instruction in ("LDGSTS", "MOVM.16.MT88", "MUFU.EX2"):
+            assert instruction in code, (name, instruction)
+        # Codes are operands as they are: no width of them takes a conversion from integers.
+        hot = code[code.index("HMMA") : code.rindex("HMMA")]
+        assert "I2F" not in hot, name
 
 
 @pytest.mark.parametrize(("unit", "architecture"), COMPILED)

@@ -37,7 +37,7 @@ _int, _long, _float, _array = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ct
 class KernelError(PlanishError):
     """A CUDA kernel could not be launched."""
 
-    exit_code = 30
+    exit_code = 32
 
 
 class Order(enum.IntEnum):

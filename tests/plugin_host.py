@@ -190,7 +190,7 @@ class Plugin:
         ]
         every = [*typed, *made]
         count = len(inputs), len(made)
-        workspace = np.empty(self._call("workspace", *count, _rows(every), _numbers(every)), np.uint8)
+        workspace = np.full(self._call("workspace", *count, _rows(every), _numbers(every)), 255, np.uint8)
         failed = self._call(
             "enqueue", *count, _rows(every), _numbers(every), _addresses(inputs), _addresses(outputs),
             ctypes.c_void_p(workspace.ctypes.data),

@@ -109,6 +109,7 @@ struct PlanishLinear {
     int32_t channels;  // input channels that are no high-impact ones
     int32_t high_channels;  // high-impact input channels, the first ones, with 4-bit weights; 0 is none
     int32_t rows;  // output channels
+    int32_t code_bits;  // the most bits of a token's code, which decide how codes lie
     int32_t type;  // of y: 0 is float32, 1 float16, 2 bfloat16
 
     static constexpr const char* kName = "PlanishLinear";
@@ -124,6 +125,7 @@ struct PlanishLinear {
             {"channels", Field::kInt, offsetof(PlanishLinear, channels), "input channels that are no high-impact ones"},
             {"high_channels", Field::kInt, offsetof(PlanishLinear, high_channels), "high-impact input channels, the first ones, with 4-bit weights; 0 is none"},
             {"rows", Field::kInt, offsetof(PlanishLinear, rows), "output channels"},
+            {"code_bits", Field::kInt, offsetof(PlanishLinear, code_bits), "the most bits of a token's code, which decide how codes lie"},
             {"type", Field::kInt, offsetof(PlanishLinear, type), "of y: 0 is float32, 1 float16, 2 bfloat16"},
         };
         return all;
@@ -150,6 +152,9 @@ struct PlanishLinear {
         }
         if (!(rows >= 1)) {
             return words("PlanishLinear: {rows} output channels; there is one at least", {{"rows", spell(rows)}});
+        }
+        if (!(code_bits >= 2 and code_bits <= 8)) {
+            return words("PlanishLinear: codes of {code_bits} bits; they have 2 to 8", {{"code_bits", spell(code_bits)}});
         }
         if (!(type >= 0 and type <= 2)) {
             return words("PlanishLinear: type {type}; 0 is float32, 1 float16, 2 bfloat16", {{"type", spell(type)}});
@@ -301,8 +306,8 @@ struct PlanishKvAttend {
         if (!(value_bits == 2 or value_bits == 3 or value_bits == 4 or value_bits == 8)) {
             return words("PlanishKvAttend: a cache of {value_bits} bits has no kernel; caches of 2, 3, 4 and 8 bits have", {{"value_bits", spell(value_bits)}});
         }
-        if (!(heads == kv_heads or heads == 3 * kv_heads or heads == 4 * kv_heads or heads == 8 * kv_heads)) {
-            return words("PlanishKvAttend: {heads} query heads on {kv_heads} KV heads have no kernel; 1, 3, 4 and 8 to a KV head have", {{"heads", spell(heads)}, {"kv_heads", spell(kv_heads)}});
+        if (!(heads >= 1 and heads <= 1024 and heads % kv_heads == 0)) {
+            return words("PlanishKvAttend: {heads} query heads cannot share {kv_heads} KV heads", {{"heads", spell(heads)}, {"kv_heads", spell(kv_heads)}});
         }
         return {};
     }

@@ -27,4 +27,9 @@ int copy(void* to, const void* from, size_t bytes, void* stream) {
     return error == cudaSuccess ? PLANISH_OK : PLANISH_CUDA_FAILED;
 }
 
+int clear(void* to, size_t bytes, void* stream) {
+    const cudaError_t error = cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream));
+    return error == cudaSuccess ? PLANISH_OK : PLANISH_CUDA_FAILED;
+}
+
 }  // namespace planish::plugin

@@ -28,8 +28,9 @@ size_t workspace_bytes(const Node&, const std::vector<Shape>&) {
 }
 size_t workspace_bytes(const PlanishKvAttend& node, const std::vector<Shape>& largest);
 
-// Enqueues a copy between two places of device memory; the result is a status of planish_kernels.h.
+// Enqueue a copy between two places of device memory, and zeros; the results are statuses of planish_kernels.h.
 int copy(void* to, const void* from, size_t bytes, void* stream);
+int clear(void* to, size_t bytes, void* stream);
 
 // What the GPU of this thread is lacking; empty if nothing.
 std::string problem_of_device();

@@ -1,5 +1,4 @@
 #include "launch.h"
-
 #include "planish_kernels.h"
 
 namespace planish::plugin {
@@ -28,6 +27,7 @@ int launch(const PlanishLinear& node, const Call& call) {
     task.token_zero_sums = static_cast<const int32_t*>(call.inputs[Node::kZeroSums]);
     task.y = call.outputs[Node::kY];
     if (task.tokens == 0) return PLANISH_OK;
+    if (const int status = planish_best_order(task.tokens, node.code_bits, &task.order)) return status;
     const auto run = task.tokens <= PLANISH_SMALL_TOKENS ? planish_small_linear : planish_large_linear;
     return run(&task, call.stream);
 }

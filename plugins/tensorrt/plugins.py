@@ -107,6 +107,7 @@ LINEAR = Contract(
         _LAYOUT,
         *_WEIGHT_ATTRIBUTES,
         Attribute("rows", "int", "output channels"),
+        Attribute("code_bits", "int", "the most bits of a token's code, which decide how codes lie"),
         Attribute("type", "int", "of y: 0 is float32, 1 float16, 2 bfloat16"),
     ),
     derived={
@@ -119,6 +120,7 @@ LINEAR = Contract(
         _SAME_LAYOUT,
         *_WEIGHT_RULES,
         Rule("rows >= 1", "{rows} output channels; there is one at least"),
+        Rule("code_bits >= 2 and code_bits <= 8", "codes of {code_bits} bits; they have 2 to 8"),
         Rule("type >= 0 and type <= 2", "type {type}; 0 is float32, 1 float16, 2 bfloat16"),
     ),
     inputs=(
@@ -206,8 +208,8 @@ KV_ATTEND = Contract(
     rules=(
         *_CACHE_RULES,
         Rule(
-            "heads == kv_heads or heads == 3 * kv_heads or heads == 4 * kv_heads or heads == 8 * kv_heads",
-            "{heads} query heads on {kv_heads} KV heads have no kernel; 1, 3, 4 and 8 to a KV head have",
+            "heads >= 1 and heads <= 1024 and heads % kv_heads == 0",
+            "{heads} query heads cannot share {kv_heads} KV heads",
         ),
     ),
     inputs=(

@@ -191,7 +191,8 @@ def _shape_of(factors: Mapping[str, Array], channels: int) -> dict[str, int]:
 def _plug(surgery: Surgery, linear: _Linear, tokens: _Tokens) -> str | None:
     """Put the plugins in the place of a linear, or return why they cannot be."""
     rows = int(linear.rest.node.inputs[2].shape[0])
-    attributes = {**linear.weights(), "rows": rows, "type": 0}
+    code_bits = max(product.grid[0] for product in linear.products)
+    attributes = {**linear.weights(), "rows": rows, "code_bits": code_bits, "type": 0}
     why = LINEAR.problem(attributes)
     if why:
         return why

@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "kv_kernels.h"
 #include "launch.h"
 #include "planish_kernels.h"
+#include "planish_kv.h"
 #include "repack.cuh"
 
 namespace {
@@ -109,29 +109,44 @@ void pack_code(uint8_t* row, int bits, int n, int i, uint32_t code) {
     for (int j = 0; j < 3; ++j) add(row[j * chunk + i % chunk], (code >> j & 1u) << (i / chunk == 6 ? 3 : 7));
 }
 
+// The keys, or the values, of a cache.
+struct Rows {
+    uint8_t* codes;
+    _Float16* grids;
+    int bits;
+};
+
+Rows keys_of(const planish_kv_cache& cache) {
+    return {cache.keys, reinterpret_cast<_Float16*>(cache.key_scales), cache.key_bits};
+}
+
+Rows values_of(const planish_kv_cache& cache) {
+    return {cache.values, reinterpret_cast<_Float16*>(cache.value_scales), cache.value_bits};
+}
+
 int64_t row_of(const planish_kv_cache& cache, int b, int head, int token) {
     return (int64_t{b} * cache.kv_heads + head) * cache.capacity + token;
 }
 
-void append_row(const planish_kv_cache& cache, const planish_kv_rows& rows, const float* x, int64_t row) {
+void append_row(const planish_kv_cache& cache, const Rows& rows, float clip, const float* x, int64_t row) {
     const int n = cache.head_dim;
     const float levels = static_cast<float>((1 << rows.bits) - 1);
     const float most = *std::max_element(x, x + n), least = *std::min_element(x, x + n), span = most - least;
-    const auto scale = static_cast<_Float16>(std::max(span / (levels / rows.clip), 0x1p-14f));
-    const auto zero = static_cast<_Float16>(least + span * ((1 - rows.clip) / 2));
+    const auto scale = static_cast<_Float16>(std::max(span / (levels / clip), 0x1p-14f));
+    const auto zero = static_cast<_Float16>(least + span * ((1 - clip) / 2));
     const int bytes = n * rows.bits / 8;
     std::memset(rows.codes + row * bytes, 0, static_cast<size_t>(bytes));
     for (int i = 0; i < n; ++i) {
         const float code = std::rint((x[i] - static_cast<float>(zero)) / static_cast<float>(scale));
         pack_code(rows.codes + row * bytes, rows.bits, n, i, static_cast<uint32_t>(std::clamp(code, 0.0f, levels)));
     }
-    static_cast<_Float16*>(rows.grids)[2 * row] = scale;
-    static_cast<_Float16*>(rows.grids)[2 * row + 1] = zero;
+    rows.grids[2 * row] = scale;
+    rows.grids[2 * row + 1] = zero;
 }
 
-float stored(const planish_kv_cache& cache, const planish_kv_rows& rows, int64_t row, int i) {
+float stored(const planish_kv_cache& cache, const Rows& rows, int64_t row, int i) {
     const int n = cache.head_dim;
-    const auto* grid = static_cast<const _Float16*>(rows.grids) + 2 * row;
+    const _Float16* grid = rows.grids + 2 * row;
     const auto code = static_cast<float>(packed_code(rows.codes + row * (n * rows.bits / 8), rows.bits, n, i));
     return code * static_cast<float>(grid[0]) + static_cast<float>(grid[1]);
 }
@@ -177,43 +192,62 @@ int planish_large_linear(const planish_linear* task, void*) {
     return task->tokens <= PLANISH_SMALL_TOKENS ? fail("too few tokens for the large linear") : linear(*task);
 }
 
-int planish_append_kv_tokens(const planish_append_kv* task, void*) {
-    if (task->news.type != PLANISH_FLOAT32) return fail("emulated in float32 only");
+int planish_best_order(int64_t, int32_t bits, int32_t* order) {
+    *order = PLANISH_LANES;
+    return bits < 2 || bits > 8 ? fail("there are no such codes") : PLANISH_OK;
+}
+
+int planish_append_kv(const planish_append* task, void*) {
+    if (task->type != PLANISH_FLOAT32) return fail("emulated in float32 only");
     const planish_kv_cache& cache = task->cache;
-    for (int b = 0; b < cache.batch; ++b) {
-        for (int i = 0; i < task->news.new_lengths[b]; ++i) {
+    for (int b = 0; b < task->news.batch; ++b) {
+        for (int i = 0; i < task->news.counts[b]; ++i) {
             for (int head = 0; head < cache.kv_heads; ++head) {
-                const int64_t row = row_of(cache, b, head, task->news.past_lengths[b] + i);
-                const int64_t at = ((int64_t{b} * task->news.tokens + i) * cache.kv_heads + head) * cache.head_dim;
-                append_row(cache, cache.keys, static_cast<const float*>(task->keys) + at, row);
-                append_row(cache, cache.values, static_cast<const float*>(task->values) + at, row);
+                const int64_t row = row_of(cache, b, head, task->news.past[b] + i);
+                const int64_t at = (int64_t{b} * task->news.tokens + i) * task->stride + head * cache.head_dim;
+                append_row(cache, keys_of(cache), task->key_clip, static_cast<const float*>(task->keys) + at, row);
+                append_row(cache, values_of(cache), task->value_clip, static_cast<const float*>(task->values) + at,
+                           row);
             }
         }
     }
     return PLANISH_OK;
 }
 
-int planish_attend_kv_tokens(const planish_attend_kv* task, void*) {
-    if (task->news.type != PLANISH_FLOAT32) return fail("emulated in float32 only");
+// Fewer sequences take more, as on a GPU: what the library asks for must be enough for any of them.
+int planish_plan_attend(planish_attend* task) {
+    task->splits = 1;
+    task->workspace_bytes = 4 * (int64_t{task->cache.capacity} + 100 / task->news.batch);
+    return PLANISH_OK;
+}
+
+int planish_attend_kv(const planish_attend* task, void*) {
+    if (task->type != PLANISH_FLOAT32) return fail("emulated in float32 only");
     const planish_kv_cache& cache = task->cache;
     const int n = cache.head_dim, group = task->heads / cache.kv_heads;
     auto* scores = static_cast<float*>(task->workspace);
-    for (int b = 0; b < cache.batch; ++b) {
-        for (int i = 0; i < task->news.new_lengths[b]; ++i) {
+    for (int64_t i = 0; i < task->workspace_bytes / 4; ++i) {
+        if (scores[i] != 0) return fail("the workspace is not zeroed");
+    }
+    for (int b = 0; b < task->news.batch; ++b) {
+        for (int i = 0; i < task->news.counts[b]; ++i) {
             for (int head = 0; head < task->heads; ++head) {
-                const int64_t at = ((int64_t{b} * task->news.tokens + i) * task->heads + head) * n;
+                const int64_t at = (int64_t{b} * task->news.tokens + i) * task->stride + head * n;
                 const float* query = static_cast<const float*>(task->queries) + at;
-                const int length = task->news.past_lengths[b] + i + 1;
+                const int length = task->news.past[b] + i + 1;
                 double total = 0;
                 for (int t = 0; t < length; ++t) {
+                    const int64_t row = row_of(cache, b, head / group, t);
                     double score = 0;
-                    for (int c = 0; c < n; ++c) score += query[c] * stored(cache, cache.keys, row_of(cache, b, head / group, t), c);
-                    scores[t] = static_cast<float>(std::exp(score / std::sqrt(n)));
+                    for (int c = 0; c < n; ++c) score += query[c] * stored(cache, keys_of(cache), row, c);
+                    scores[t] = static_cast<float>(std::exp(score * task->score_scale));
                     total += scores[t];
                 }
                 for (int c = 0; c < n; ++c) {
                     double sum = 0;
-                    for (int t = 0; t < length; ++t) sum += scores[t] * stored(cache, cache.values, row_of(cache, b, head / group, t), c);
+                    for (int t = 0; t < length; ++t) {
+                        sum += scores[t] * stored(cache, values_of(cache), row_of(cache, b, head / group, t), c);
+                    }
                     static_cast<float*>(task->y)[at + c] = static_cast<float>(sum / total);
                 }
             }
@@ -221,8 +255,6 @@ int planish_attend_kv_tokens(const planish_attend_kv* task, void*) {
     }
     return PLANISH_OK;
 }
-
-int64_t planish_attend_kv_workspace(const planish_attend_kv* task) { return int64_t{4} * task->cache.capacity; }
 
 const char* planish_last_error(void) { return last_error.c_str(); }
 
@@ -238,6 +270,11 @@ std::string problem_of_device() {
         if (sm == planish_emulated_sm) return {};
     }
     return words("planish has no kernels for SM {sm}", {{"sm", spell(planish_emulated_sm)}});
+}
+
+int clear(void* to, size_t bytes, void*) {
+    std::memset(to, 0, bytes);
+    return PLANISH_OK;
 }
 
 int copy(void* to, const void* from, size_t bytes, void*) {

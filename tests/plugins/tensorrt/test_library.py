@@ -27,7 +27,16 @@ def host() -> Host:
 
 
 def linear(**changes: float) -> dict[str, float]:
-    return {"layout": LAYOUT, "bits": 3, "channels": 80, "high_channels": 0, "rows": 40, "type": 0, **changes}
+    return {
+        "layout": LAYOUT,
+        "bits": 3,
+        "channels": 80,
+        "high_channels": 0,
+        "rows": 40,
+        "code_bits": 4,
+        "type": 0,
+        **changes,
+    }
 
 
 def tokens(**changes: float) -> dict[str, float]:
@@ -86,7 +95,7 @@ def test_the_library_says_what_it_is(host: Host) -> None:
         (LINEAR, {"layout": LAYOUT}, "PlanishLinear lacks the attribute 'bits' (bits of the weights of all other"),
         (QUANTIZE_TOKENS, tokens(clip=1.5), "PlanishQuantizeTokens: clips of 1.5 and 1;"),
         (KV_APPEND, {**cache(head_dim=80), "key_clip": 1, "value_clip": 1}, "heads of 80 channels have no kernel"),
-        (KV_ATTEND, {**cache(), "heads": 5}, "PlanishKvAttend: 5 query heads on 2 KV heads have no kernel"),
+        (KV_ATTEND, {**cache(), "heads": 5}, "PlanishKvAttend: 5 query heads cannot share 2 KV heads"),
     ],
 )
 def test_attributes_are_refused_in_words(

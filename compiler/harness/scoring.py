@@ -109,12 +109,7 @@ def _batches(groups: list[_Group]) -> Iterator[list[_Group]]:
     for group in groups:
         rows += len(group.by_input)
         positions = max(positions, group.positions)
-        # A row of padding alone would attend to nothing, so contexts without a prefix stay among themselves.
-        if batch and (
-            rows * positions > _POSITIONS
-            or len(batch[0].context) * (len(batch) + 1) > _CONTEXT_TOKENS
-            or len(group.context) == 1 < len(batch[0].context)
-        ):
+        if batch and (rows * positions > _POSITIONS or len(batch[0].context) * (len(batch) + 1) > _CONTEXT_TOKENS):
             yield batch
             batch, rows, positions = [], len(group.by_input), group.positions
         batch.append(group)

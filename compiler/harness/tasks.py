@@ -127,9 +127,6 @@ def score_tasks(
     settings = {"model": subject.fingerprint, "context": str(subject.max_context), "code": code_fingerprint()}
     with Answers.hold(answers or cache_folder() / "answers", settings) as kept, _quiet_harness():
         model = HarnessModel(subject, kept, progress)
-        # Requests remember their answers, and tasks their requests: a second model must not find those of the first.
-        for task in tasks.values():
-            task._instances = None
         # The bootstrap of standard errors prints to stdout and starts processes; closed forms follow below.
         found = evaluate(model, {"tasks": tasks}, limit=limit, bootstrap_iters=0)
     return {

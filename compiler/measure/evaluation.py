@@ -103,8 +103,7 @@ def evaluate_windows(
         An evaluation for each model.
     """
     told = progress or Silent()
-    running = list(dict.fromkeys([*models, *([reference] if reference else [])]))
-    sums = {model: _Sums() for model in running}
+    sums = {model: _Sums() for model in (*models, *([reference] if reference else []))}
     for number, window in enumerate(windows, 1):
         _add_window(sums, reference, window)
         told.step("evaluate", number, len(windows))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.errors import TaskError
 from planish.compiler.harness import scoring
 from planish.compiler.harness.scoring import Answer, Request, answer_all, fit_context
@@ -67,7 +68,9 @@ def test_answers_are_those_of_whole_sequences(
 ) -> None:
     monkeypatch.setattr(scoring, "_CONTEXT_TOKENS", contexts)
     monkeypatch.setattr(scoring, "_POSITIONS", positions)
-    requests = [*REQUESTS, greedy(theirs, LONG, 3), greedy(theirs, (7,), 5)]
+    # Two continuations are greedy; the third only in its second token.
+    late = greedy(theirs, (*LONG, 9), 1)
+    requests = [*REQUESTS, greedy(theirs, LONG, 3), greedy(theirs, (7,), 5), Request(LONG, (9, *late.continuation))]
     found = answers_of(subject.model, requests)
     assert set(found) == set(requests)
     for request in requests:
@@ -75,6 +78,15 @@ def test_answers_are_those_of_whole_sequences(
         assert found[request].loglikelihood == pytest.approx(expected.loglikelihood, abs=2e-4)
         assert found[request].greedy == expected.greedy
     assert sum(answer.greedy for answer in found.values()) == 2
+
+
+def test_low_bit_models_answer_alike_in_batches_and_alone(bundle: Bundle) -> None:
+    model = bundle.session(threads=1)
+    together = answers_of(model, REQUESTS)
+    for request in REQUESTS:
+        (alone,) = answers_of(model, [request]).values()
+        # A value between two codes may be rounded either way.
+        assert together[request].loglikelihood == pytest.approx(alone.loglikelihood, abs=0.02)
 
 
 class Counting:

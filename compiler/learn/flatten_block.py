@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planish.compiler.learn.before_after import BeforeAfter, compare_block
 from planish.compiler.learn.block import SITE_MODULES, Angles, Block, run_block
 from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.clips import kv_clips, search_clip
@@ -56,6 +57,7 @@ class Flattened:
         codes: by module within the block.
         hooks: run the block as it is now.
         evidence: by site, what was measured.
+        compared: activations and errors of the block as it was and as it is.
         refinement: what refining the transforms did, if it was asked for; see `Refined.evidence`.
     """
 
@@ -64,6 +66,7 @@ class Flattened:
     codes: dict[str, QuantizedWeight]
     hooks: LowBitHooks
     evidence: dict[Site, dict[str, float]]
+    compared: BeforeAfter
     refinement: dict[str, Any] | None = None
 
 
@@ -107,7 +110,9 @@ def flatten_block(
         for module, each in zip(modules, _split_rows(whole, [len(folded.weight(m)) for m in modules]), strict=True):
             codes[module], hooks.weights[module] = each, dequantize_weight(each)
     evidence["ffn_out"] |= scales
-    return Flattened(factors, hooks.clips, codes, hooks, evidence, None if refined is None else refined.evidence)
+    compared = compare_block(block, hooks, factors, streams, outputs, angles, scheme)
+    learned = None if refined is None else refined.evidence
+    return Flattened(factors, hooks.clips, codes, hooks, evidence, compared, learned)
 
 
 def _split_rows(weight: QuantizedWeight, sizes: list[int]) -> list[QuantizedWeight]:

@@ -7,14 +7,16 @@ __all__ = [
     "MODEL_FILE",
     "PLAN_FILE",
     "RECIPE_FILE",
-    "REPORT_FOLDER",
+    "REPORT_FILE",
+    "REPORT_PAGE",
     "engine_folder",
 ]
 
 MANIFEST_FILE = "planish.json"
 RECIPE_FILE = "recipe.yaml"
 PLAN_FILE = "plan.json"
-REPORT_FOLDER = "report"
+REPORT_FILE = "report/report.json"
+REPORT_PAGE = "report/report.html"
 
 #: The portable model at the top, and the lowered one in the folder of a target; weights are in MODEL_FILE + ".data".
 MODEL_FILE = "model.onnx"

@@ -72,14 +72,6 @@ class QuantileSketch:
         low, high = self._ranked(math.floor(rank)), self._ranked(math.ceil(rank))
         return torch.lerp(low, high, rank - math.floor(rank))
 
-    def pooled(self) -> "QuantileSketch":
-        """Return the sketch of one channel that saw the entries of all of them; up to 2^31 entries."""
-        pooled = QuantileSketch(1)
-        pooled.tokens = self.tokens * self.width
-        pooled.max_abs = self.max_abs.amax(0, keepdim=True)
-        pooled._counts = self._counts.sum(0, keepdim=True, dtype=torch.int32)
-        return pooled
-
     def _ranked(self, rank: int) -> Tensor:
         """Return the value of each channel that `rank` others are below, float32 [width]."""
         if rank == self.tokens - 1:

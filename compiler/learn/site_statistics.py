@@ -14,8 +14,8 @@ from planish.passes.transforms import Site
 
 __all__ = ["PROFILE", "SiteStatistics", "WatchedFloat", "WatchedLowBit", "float_statistics"]
 
-#: What is kept per channel, over tokens: the largest |x| with the first token of every sequence and without it, and two
-#: quantiles of |x|.
+#: What is kept per channel, over tokens, of |x| as a multiple of the token's RMS: the largest with the first token of
+#: every sequence and without it, and two quantiles.
 PROFILE = ("max", "max_rest", "q99", "median")
 
 
@@ -24,9 +24,10 @@ class SiteStatistics:
 
     def __init__(self, width: int, grids: int = 1) -> None:
         """Expect `grids` vectors of `width` channels per token, each with a grid of its own."""
-        self._grids = grids
         self._magnitudes = [Magnitudes(width) for _ in range(grids)]
-        self._quantiles = QuantileSketch(grids * width)
+        self._entries = QuantileSketch(1)
+        self._relative = QuantileSketch(grids * width)
+        self._relative_rest = torch.zeros(grids * width)
 
     def update(self, x: Tensor) -> None:
         """Add activations [batch, seq, grids * width]; the first token of every sequence is one unlike the others.
@@ -35,11 +36,16 @@ class SiteStatistics:
             CalibrationError: if one is NaN or infinite.
         """
         batch, length, _ = x.shape
-        rows = x.detach().cpu().flatten(0, 1)
+        rows = x.detach().float().cpu().flatten(0, 1)
         first = (torch.arange(length) == 0).repeat(batch)
-        for magnitudes, part in zip(self._magnitudes, rows.chunk(self._grids, 1), strict=True):
+        parts = rows.chunk(len(self._magnitudes), 1)
+        for magnitudes, part in zip(self._magnitudes, parts, strict=True):
             magnitudes.update(part, first=first)
-        self._quantiles.update(rows)
+        self._entries.update(rows.reshape(-1, 1))
+        relative = torch.cat([part / part.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30) for part in parts], 1)
+        self._relative.update(relative)
+        if length > 1:
+            self._relative_rest = torch.maximum(self._relative_rest, relative[~first].abs().amax(0))
 
     def numbers(self) -> dict[str, float]:
         """Return statistics of all entries, those that are defined.
@@ -48,29 +54,27 @@ class SiteStatistics:
         quantiles of |x|; `rms`; `crest` is the mean over tokens (and heads) of max|x| / rms(x), which is how far a grid
         reaches beyond what it mostly holds; `kurtosis` is the excess kurtosis of all entries, of heads their mean.
         """
-        pooled = self._quantiles.pooled()
         found = {
             "absmax": max(float(each.max_abs.max()) for each in self._magnitudes),
             "absmax_rest": max(float(each.max_abs_rest.max()) for each in self._magnitudes),
             "rms": math.sqrt(_mean([each.rms**2 for each in self._magnitudes])),
-            "median": float(pooled.quantile(0.5)),
-            "q99": float(pooled.quantile(0.99)),
-            "q999": float(pooled.quantile(0.999)),
+            "median": float(self._entries.quantile(0.5)),
+            "q99": float(self._entries.quantile(0.99)),
+            "q999": float(self._entries.quantile(0.999)),
             "crest": _mean([each.crest for each in self._magnitudes]),
             "kurtosis": _mean([each.excess_kurtosis for each in self._magnitudes]),
         }
         return {name: number for name, number in found.items() if math.isfinite(number)}
 
     def profile(self) -> npt.NDArray[np.float32]:
-        """Return `PROFILE` of every channel, in multiples of the RMS of all entries, float32 [4, channels]."""
+        """Return `PROFILE` of every channel, float32 [4, channels]."""
         rows = (
-            torch.cat([each.max_abs for each in self._magnitudes]),
-            torch.cat([each.max_abs_rest for each in self._magnitudes]),
-            self._quantiles.quantile(0.99),
-            self._quantiles.quantile(0.5),
+            self._relative.max_abs,
+            self._relative_rest,
+            self._relative.quantile(0.99),
+            self._relative.quantile(0.5),
         )
-        rms = math.sqrt(_mean([each.rms**2 for each in self._magnitudes]))
-        return (torch.stack(rows) / max(rms, 1e-30)).numpy()
+        return torch.stack(rows).numpy()
 
 
 class WatchedFloat(FloatHooks):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -24,11 +23,13 @@ from planish.compiler.pipeline.flatten import Flattening, check_calibration, fla
 from planish.compiler.pipeline.high_impact import high_impact_fingerprint, read_high_impact, untransformed
 from planish.compiler.pipeline.plan import make_plan
 from planish.compiler.pipeline.recipe import Recipe
-from planish.compiler.pipeline.report import write_report
+from planish.compiler.pipeline.stages import StageClock
 from planish.compiler.pipeline.targets import check_targets, lower
 from planish.compiler.pipeline.work_folder import WorkFolder, check_output, check_space, clear_errors, code_fingerprint
 from planish.compiler.progress import Progress, Silent
 from planish.compiler.quantize.codes import CodesOnDisk, quantize_checkpoint
+from planish.compiler.report.run_record import LoudSite, RunRecord, versions
+from planish.compiler.report.write import write_report
 from planish.compiler.runtime.tokenizer import Tokenizer
 from planish.compiler.select.choose_forms import forms_of_plan
 from planish.compiler.select.plan_file import save_transforms
@@ -172,7 +173,8 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
         settings["high_impact"] = high_impact_fingerprint(high)
     with WorkFolder.hold(out, settings, progress) as work, clear_errors(out):
         check_space(work.path, _bytes_needed(checkpoint, scheme, recipe))
-        _Compile(checkpoint, scheme, recipe, calibration, high, work, progress).run()
+        clock = StageClock(progress, work.noted(), work.note)
+        _Compile(checkpoint, scheme, recipe, calibration, high, work, clock).run()
         work.publish()
     return Bundle.open(out, verify=False)
 
@@ -187,10 +189,11 @@ class _Compile:
     calibration: CalibrationSettings
     high: HighImpacts
     work: WorkFolder
-    progress: Progress
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    progress: StageClock
     drifts: tuple[PassDrift, ...] = ()
-    fallback: str | None = None
+    loud: tuple[LoudSite, ...] = ()
+    #: Why nothing was flattened after all, and what was measured of it.
+    fallback: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self) -> None:
         """Run the stages."""
@@ -201,7 +204,8 @@ class _Compile:
         codes = CodesOnDisk(self.work.codes, self.checkpoint, self.scheme, untouched.high)
         transforms = untouched if self.high else None
         model, left_float = portable_model(self.checkpoint, self.scheme, codes, transforms)
-        flattening = self._timed("flatten", self._flatten)
+        self.progress.note("open")
+        flattening = self._flatten()
         base = checkpoint = self.checkpoint
         rounded = self.checkpoint, codes
         if flattening is not None:
@@ -228,12 +232,13 @@ class _Compile:
             plan["transforms"] = flattening.plan
         if transforms is not None:
             save_transforms(transforms, bundle)
-        if self.fallback is not None:
-            plan["fallback"] = self.fallback
+        plan |= self.fallback
         write_json(bundle / PLAN_FILE, plan)
         self._repeatable_recipe().write(bundle / RECIPE_FILE)
         manifest = self._manifest()
-        write_report(Bundle(bundle, manifest), plan, verification, self.drifts, self.seconds)
+        drifts = {each.name: each.drift for each in self.drifts}
+        run = RunRecord(dataclasses.asdict(verification), drifts, self.progress.stages, list(self.loud), versions())
+        write_report(Bundle(bundle, manifest), run)
         manifest.write(bundle)
 
     def _flatten(self) -> Flattening | None:
@@ -261,12 +266,15 @@ class _Compile:
         if flattening.lost_to_nearest is not None:
             self.progress.say(f"flattening does not pay: {flattening.lost_to_nearest}")
             if self.recipe.leaves_policy_open:
-                self.fallback = f"nothing is flattened: {flattening.lost_to_nearest}"
+                measured = {name: value for name, value in flattening.plan.items() if name.startswith("held_out_")}
+                self.fallback = {"fallback": f"nothing is flattened: {flattening.lost_to_nearest}", **measured}
                 codes.drop()
                 return None
         if self.recipe.verify_passes:
             self.progress.say("verifying the passes that flatten")
             self.drifts = verify_flattening(self.checkpoint, flattening.transforms)
+            self.progress.note("verify passes")
+        self.loud = flattening.loud
         return flattening
 
     def _polish_epochs(self) -> int:
@@ -301,9 +309,8 @@ class _Compile:
         self.work.finish(name, folder)
 
     def _timed(self, name: str, make: Callable[[], _T]) -> _T:
-        started = time.perf_counter()
         made = make()
-        self.seconds[name] = round(time.perf_counter() - started, 2)
+        self.progress.note(name)
         return made
 
     def _steps(self, stage: str) -> Callable[[int, int], None]:

@@ -81,17 +81,6 @@ def test_tokens_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(parts.quantile(0.37), expected)
 
 
-def test_a_pooled_sketch_saw_all_entries() -> None:
-    x = activations()
-    sketch = QuantileSketch(x.shape[1])
-    for part in in_parts(x):
-        sketch.update(part)
-    entries = x.flatten().abs()
-    for q in (0.3, 0.5, 0.999, 1.0):
-        expected = torch.from_numpy(np.quantile(entries.numpy(), [q])).float()
-        torch.testing.assert_close(sketch.pooled().quantile(q), expected, rtol=BOUND, atol=1e-8)
-
-
 def magnitudes_of(parts: Sequence[Tensor], first: Sequence[Tensor]) -> Magnitudes:
     magnitudes = Magnitudes(parts[0].shape[1])
     for part, of_part in zip(parts, first, strict=True):

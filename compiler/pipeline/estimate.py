@@ -1,0 +1,209 @@
+"""What a compile will take and make, from the shapes of a model alone: bytes on disk, memory, and time.
+
+Sizes are counted as the passes and targets store things, so they are right to a few per cent; memory and time are
+rough.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from math import prod
+
+from planish.compiler.checkpoint.config import LlamaConfig
+from planish.compiler.checkpoint.tensors import expected_tensors
+from planish.compiler.learn.candidates import Form
+from planish.compiler.learn.hadamard import split_width
+from planish.compiler.pipeline.recipe import Target
+from planish.compiler.select.forms import form_of
+from planish.compiler.select.policy import SelectionPolicy, linear_flops
+from planish.passes.scheme import LinearFormat, Scheme
+from planish.passes.transforms import Kind, Site
+
+__all__ = ["Estimate", "Work", "estimate"]
+
+#: Bytes of the graph of a model, and of its plan and report: of any, and per decoder block.
+_PORTABLE_GRAPH, _ORT_GRAPH, _RECORDS = (20_000, 11_200), (10_000, 40_500), (150_000, 45_000)
+#: Channels that share a scale in MatMulNBits where a whole output channel has one.
+_BLOCK = 128
+#: How many times the bytes of its ONNX file an engine takes, with kernels for three generations of GPUs.
+_ENGINE = 1.1
+#: Work in passes of the calibration text through the linears, measured on SmolLM2 with 16 x 512 tokens.
+_PASSES_TO_MEASURE, _PASSES_TO_FLATTEN, _PASSES_TO_POLISH = 20.0, 14.5, 5.4
+#: Bytes of the interpreter with what it imports.
+_BASE = 450_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How much a compile has to do.
+
+    Attributes:
+        policy: how transforms are chosen.
+        nsamples: calibration sequences.
+        seqlen: tokens in each.
+        polish: epochs of polishing.
+        targets: what is lowered to.
+    """
+
+    policy: SelectionPolicy
+    nsamples: int
+    seqlen: int
+    polish: int
+    targets: tuple[Target, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a compile takes and makes.
+
+    Attributes:
+        sizes: bytes in the bundle: `portable`, each target, `transforms` (plan.safetensors) and `records` (plan and
+            report); the files of the tokenizer are not in it.
+        bundle: bytes of them together.
+        disk: bytes that the compile needs at its end, before the work folder is removed.
+        memory: bytes that are resident at most, about.
+        flops: floating-point operations of learning, about; 0 where nothing is learned.
+    """
+
+    sizes: dict[str, int]
+    bundle: int
+    disk: int
+    memory: int
+    flops: float
+
+
+def estimate(config: LlamaConfig, scheme: Scheme, work: Work) -> Estimate:
+    """Return what a compile of a model with this config takes.
+
+    Which forms `measured` and `auto` choose is not known before; they are taken for affine maps, which is what their
+    budget allows.
+    """
+    layers = config.num_hidden_layers
+    stored, online = _transform_entries(config, work.policy)
+    sizes = {"portable": _weights(config, scheme, _packed) + 4 * online + _of_layers(_PORTABLE_GRAPH, layers)}
+    for target in work.targets:
+        if target == "ort":
+            sizes[target] = _weights(config, scheme, _for_ort) + 4 * online + _of_layers(_ORT_GRAPH, layers)
+        else:
+            sizes[target] = int((1 + _ENGINE) * (_weights(config, scheme, _for_engines) + 2 * online))
+    if stored:
+        sizes["transforms"] = 4 * stored
+    sizes["records"] = _of_layers(_RECORDS, layers)
+    bundle = sum(sizes.values())
+    return Estimate(
+        sizes,
+        bundle,
+        bundle + _working(config, scheme, work, stored),
+        _memory(config, work),
+        _flops(config, work),
+    )
+
+
+def _of_layers(bytes_of: tuple[int, int], layers: int) -> int:
+    return bytes_of[0] + bytes_of[1] * layers
+
+
+def _weights(config: LlamaConfig, scheme: Scheme, stored: Callable[[LinearFormat, int, int], int]) -> int:
+    """Return the bytes of all weights, given those of a linear of a format, output channels and input channels."""
+    total = 0
+    for name, shape in expected_tensors(config).items():
+        if name == "model.embed_tokens.weight":
+            total += prod(shape) * (4 if scheme.linear.is_float else 2)
+        elif name.endswith("_proj.weight"):
+            total += stored(scheme.linear, *shape)
+        elif name != "lm_head.weight":
+            total += 4 * prod(shape)
+    # In floating point, a tied output projection reads the embeddings.
+    if not (scheme.lm_head.is_float and config.tie_word_embeddings):
+        total += stored(scheme.lm_head, config.vocab_size, config.hidden_size)
+    return total
+
+
+def _packed(form: LinearFormat, rows: int, k: int) -> int:
+    if form.is_float:
+        return 4 * rows * k
+    return rows * (-(-k * form.weight_bits // 8) + form.groups(k) * form.scale_bits // 8)
+
+
+def _for_ort(form: LinearFormat, rows: int, k: int) -> int:
+    if form.is_float:
+        return 4 * rows * k
+    if not form.weight_only:
+        return rows * (k + 4 * form.groups(k))
+    block = form.group if form.group is not None and form.group < k else _BLOCK
+    return rows * -(-k // block) * (block * max(form.weight_bits, 4) // 8 + 4)
+
+
+def _for_engines(form: LinearFormat, rows: int, k: int) -> int:
+    if form.is_float:
+        return 2 * rows * k
+    return rows * (k * (4 if form.weight_bits <= 4 else 8) // 8 + 2 * form.groups(k))
+
+
+def _transform_entries(config: LlamaConfig, policy: SelectionPolicy) -> tuple[int, int]:
+    """Return how many numbers the transforms of all blocks have, and how many of them run online."""
+    if policy.name == "none":
+        return 0, 0
+    kind: Kind = policy.kind or "affine"
+    heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    mixing = heads * heads if heads > 1 else 0
+    # Keys are mapped for each KV head, queries for each of theirs; the value map folds.
+    stored, online = mixing + 2 * kv_heads * d * d, mixing + (kv_heads + heads) * d * d
+    widths: dict[Site, int] = {
+        "attn_in": config.hidden_size,
+        "ffn_in": config.hidden_size,
+        "ffn_out": config.intermediate_size,
+    }
+    for site, width in widths.items():
+        scale, factors = _factor_entries(form_of(site, kind), width)
+        stored, online = stored + scale + factors, online + factors
+    return stored * config.num_hidden_layers, online * config.num_hidden_layers
+
+
+def _factor_entries(form: Form, width: int) -> tuple[int, int]:
+    """Return how many numbers the channel scale of a form has, and its factors; see `FORMS`."""
+    if not form.startswith("blocks"):
+        rows, columns = split_width(width)
+        return width, columns * columns + (rows * rows if rows > 1 else 0)
+    size = max(each for each in range(1, int(form.removeprefix("blocks")) + 1) if width % each == 0)
+    blocks = width // size
+    return 0, width * size + (blocks * blocks if blocks > 1 else 0)
+
+
+def _working(config: LlamaConfig, scheme: Scheme, work: Work, stored: int) -> int:
+    """Return the bytes of what lies beside the bundle until the end: codes, hidden states, transforms by block."""
+    if scheme.linear.is_float:
+        return 0
+    codes = sum(
+        _packed(scheme.linear, *shape)
+        for name, shape in expected_tensors(config).items()
+        if name.endswith("_proj.weight")
+    )
+    if work.policy.name == "none":
+        return codes
+    # Two streams into a block and two out of it; codes, and those that polishing starts from; its state is four times
+    # what it learns.
+    streams = 4 * 4 * work.nsamples * work.seqlen * config.hidden_size
+    return streams + (2 * codes + 4 * 5 * stored if work.polish else codes + 4 * stored)
+
+
+def _memory(config: LlamaConfig, work: Work) -> int:
+    """Return about the most bytes that are resident."""
+    logits = 4 * work.seqlen * config.vocab_size
+    table = 4 * config.vocab_size * config.hidden_size
+    if work.policy.name == "none":
+        return _BASE + table + 3 * logits
+    linears = linear_flops(config) // 2
+    # A block as it was, folded, and rounded, one of them in float64 meanwhile; moments and Hessians of its widest site.
+    widest = max(config.hidden_size, config.intermediate_size)
+    block = 4 * 5 * linears // config.num_hidden_layers + 8 * 5 * widest * widest
+    # The model folded and rounded, and what the gradient passes through.
+    polished = 4 * 2 * linears + 2 * table if work.polish else 0
+    return _BASE + max(block, polished, table) + 3 * logits
+
+
+def _flops(config: LlamaConfig, work: Work) -> float:
+    if work.policy.name == "none":
+        return 0.0
+    measures = work.policy.name in ("measured", "auto")
+    passes = _PASSES_TO_FLATTEN + _PASSES_TO_POLISH * work.polish + (_PASSES_TO_MEASURE if measures else 0)
+    return passes * linear_flops(config) * float(work.nsamples * work.seqlen)

@@ -13,7 +13,7 @@ INPUTS       := pyproject.toml setup.py constraints.txt
 RUN_INSTALL  := $(VENV)/.installed-run
 TEST_INSTALL := $(VENV)/.installed-test
 
-.PHONY: help install plugins demo test test-slow test-gpu test-hub lint format clean
+.PHONY: help install plugins schema demo test test-slow test-gpu test-hub lint format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ plugins: | $(RUN_INSTALL) ## compile the C++ packer and, where nvcc is found, th
 # A bundle is written atomically, so the model file is there only when the compile is done.
 $(DEMO)/model.onnx: | $(RUN_INSTALL)
 	$(BIN)/planish compile smollm2 --scheme w4a8k8v8 --target ort --target rtx -o $(DEMO)
+
+schema: $(TEST_INSTALL) ## write the JSON schema of recipe.yaml to docs/recipe.schema.json
+	$(BIN)/python -m planish.compiler.pipeline.recipe_schema docs/recipe.schema.json
 
 demo: $(DEMO)/model.onnx ## compile SmolLM2 to out/smollm2, print its report and some generated text
 	$(BIN)/planish inspect $(DEMO)

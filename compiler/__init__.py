@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from planish.compiler.checkpoint import open_checkpoint
     from planish.compiler.export.float_model import export_float
     from planish.compiler.measure.evaluation import Evaluation, evaluate
+    from planish.compiler.pipeline.build import build_target
     from planish.compiler.pipeline.compile import compile_model
     from planish.compiler.runtime.generate import Sampling
     from planish.passes.scheme import Scheme
@@ -23,6 +24,7 @@ __all__ = [
     "Inspection",
     "Sampling",
     "Scheme",
+    "build_target",
     "compile_model",
     "evaluate",
     "export_float",
@@ -36,6 +38,7 @@ _MODULE_OF = {
     "Inspection": "planish.compiler.bundle.inspection",
     "Sampling": "planish.compiler.runtime.generate",
     "Scheme": "planish.passes.scheme",
+    "build_target": "planish.compiler.pipeline.build",
     "compile_model": "planish.compiler.pipeline.compile",
     "evaluate": "planish.compiler.measure.evaluation",
     "export_float": "planish.compiler.export.float_model",

@@ -60,8 +60,11 @@ class Manifest:
         """Hash every file below `folder` and write planish.json there."""
         paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
         files = {path.relative_to(folder).as_posix(): FileRecord.of(path) for path in paths}
-        content = dataclasses.asdict(dataclasses.replace(self, files=files))
-        write_json(folder / MANIFEST_FILE, {"format_version": FORMAT_VERSION, **content})
+        dataclasses.replace(self, files=files).write_records(folder)
+
+    def write_records(self, folder: Path) -> None:
+        """Write planish.json to `folder` with the records as they are."""
+        write_json(folder / MANIFEST_FILE, {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

@@ -165,7 +165,7 @@ class _SiteFit:
 
         candidates = {0.0: weight}
         if self.steps.fit:
-            candidates |= {ridge: compensate(weight, hessian, cross, ridge).float() for ridge in _RIDGES}
+            candidates |= compensate(weight, hessian, cross, _RIDGES)
         errors = held_out_errors(candidates)
         ridge = min(errors, key=lambda r: errors[r])
         fitted = candidates[ridge]

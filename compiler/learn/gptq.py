@@ -5,6 +5,8 @@ the quantised prefix), and the output to keep is that of the float model, which 
 weight before it is rounded (the asymmetric calibration of GPTAQ, arXiv 2504.02692, in closed form).
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,8 @@ _DAMPING = 1e-2
 _BLOCK = 128
 
 
-def compensate(weight: Tensor, hessian: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """Return the weight that best maps what a layer sees to what it should say.
+def compensate(weight: Tensor, hessian: Tensor, cross: Tensor, ridges: Iterable[float]) -> dict[float, Tensor]:
+    """Return, by ridge, the weight that best maps what a layer sees to what it should say.
 
     The minimiser of ||X W^T - Xq V^T||^2 + r ||V - W||^2 over V, with r = `ridge` times the mean diagonal of the
     Hessian.
@@ -27,14 +29,17 @@ def compensate(weight: Tensor, hessian: Tensor, cross: Tensor, ridge: float) -> 
         weight: W, float [out, in].
         hessian: Xq^T Xq, float64 [in, in].
         cross: X^T Xq, float64 [in, in].
-        ridge: the larger, the closer to W.
+        ridges: positive; the larger, the closer to W.
     """
-    r, columns = ridge * hessian.diagonal().mean() + 1e-30, weight.to(hessian.dtype).T
-    # In place: every matrix of this size that need not be is one of the largest things in memory.
-    damped = hessian.clone()
-    damped.diagonal().add_(r)
-    best: Tensor = torch.linalg.solve(damped, cross.T @ columns + r * columns).T
-    return best
+    level, columns = hessian.diagonal().mean() + 1e-30, weight.to(hessian.dtype).T
+    wanted, found = cross.T @ columns, {}
+    for ridge in ridges:
+        # In place: every matrix of this size that need not be is one of the largest things in memory.
+        damped = hessian.clone()
+        damped.diagonal().add_(ridge * level)
+        factor = torch.linalg.cholesky(damped, out=damped)
+        found[ridge] = torch.cholesky_solve(wanted + ridge * level * columns, factor).T.to(weight.dtype)
+    return found
 
 
 def gptq(weight: Tensor, hessian: Tensor, form: LinearFormat) -> QuantizedWeight:

@@ -32,6 +32,7 @@ from planish.compiler.report.run_record import LoudSite, RunRecord, versions
 from planish.compiler.report.write import write_report
 from planish.compiler.runtime.tokenizer import Tokenizer
 from planish.compiler.select.choose_forms import forms_of_plan
+from planish.compiler.select.overrides import resolve_overrides
 from planish.compiler.select.plan_file import save_transforms
 from planish.compiler.verify.passes import PassDrift, verify_flattening
 from planish.compiler.verify.verification import verify
@@ -166,6 +167,7 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
     if policy.name != "none":
         check_calibration(calibration)
         settings["calibration"] = calibration.fingerprint()
+    resolve_overrides(policy.overrides, checkpoint.config.num_hidden_layers)
     if policy.plan is not None:
         settings["plan"] = [each.forms for each in forms_of_plan(policy.plan, checkpoint)]
     high = read_high_impact(recipe, checkpoint, scheme)
@@ -298,7 +300,8 @@ class _Compile:
         return quantize_checkpoint(base, self.scheme, self.work.codes, step, high)
 
     def _lower(self, target: str) -> None:
-        lower(target, self.work.bundle, self.recipe, self.checkpoint.config.max_context, self.progress)
+        bundle, longest = self.work.bundle, self.checkpoint.config.max_context
+        lower(target, bundle / MODEL_FILE, engine_folder(bundle, target), self.recipe, longest, self.progress)
 
     def _stage(self, name: str, folder: Path, make: Callable[[], object]) -> None:
         """Make the files in `folder`, unless a run before finished that."""

@@ -1,5 +1,7 @@
 """recipe.yaml: everything that decides what a compile makes, so that it can be repeated."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +12,8 @@ from planish.compiler.calibrate.settings import SELF, CalibrationSettings
 from planish.compiler.checkpoint.files import write_text
 from planish.compiler.errors import CalibrationError, RecipeError, SelectionError
 from planish.compiler.learn.device import device_kind
+from planish.compiler.pipeline.recipe_file import RecipeFile
+from planish.compiler.select.overrides import SiteOverride
 from planish.compiler.select.policy import SelectionPolicy
 from planish.passes.scheme import Scheme
 
@@ -22,61 +26,67 @@ _SEQLEN = 512
 
 
 class Recipe(BaseModel):
-    """The settings of one compile.
+    """The settings of one compile."""
 
-    Attributes:
-        model: a checkpoint folder, a GGUF file, a Hub id, or smollm2.
-        scheme: bits per tensor role, such as w4a4k4v4.
-        lm_head: format of the output projection, such as w8a8; None is the default of `Scheme.parse`.
-        select: the policy that picks a transform per site, see `SelectionPolicy.parse`; `none` rounds to nearest
-            without any, `auto` is `none` for float linears, and for others `measured` within a tenth of their FLOPs, or
-            what `fixed:affine` costs if that is more.
-        plan: a plan.json whose transforms are made instead of choosing any; for the same model.
-        high_impact: a folder with a plan.safetensors, such as a bundle, whose high-impact channels keep more bits; None
-            takes those of the plan, if that has any.
-        residual_rotation: rotate the residual stream, folded into the weights at no cost at run time, before transforms
-            are chosen and fitted.
-        dataset: calibration text, as the three settings below; see `CalibrationSettings`.
-        nsamples: calibration sequences.
-        seqlen: tokens in each; None is 512, or what the model was made for where that is less.
-        seed: of all random choices.
-        refine: epochs for which the transforms of each block are learned by gradient descent, from their closed forms.
-        polish: epochs for which norms, scales and clips of the whole model are learned last, see `polish`; None is 4
-            where the model is small enough.
-        device: what learns and calibrates: `cpu`, `cuda`, or `cuda:N`.
-        verify_passes: run the float graph after every pass that flattens, and stop where the logits move.
-        targets: what to lower to; `ort` is integer products in ONNX Runtime, `rtx` and `tensorrt` are engines.
-        num_layers: keep only this many of the first decoder blocks; None keeps all.
-        max_context: tokens of prompt and answer together; None is what the model was made for, and for engines, whose
-            cache has a fixed size, 2048 at most.
-        max_batch_size: sequences that an engine takes at once; None is the default of `build_engines`.
-        max_input_len: prompt tokens that an engine takes at once; None is the default of `build_engines`.
-        sms: GPU generations to build engines for, such as 89; None is the default of `build_engines`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     model: str
+    """A checkpoint folder, a GGUF file, a Hub id, or smollm2."""
     scheme: str
+    """Bits per tensor role, such as w4a4k4v4."""
     lm_head: str | None = None
+    """Format of the output projection, such as w8a8; None is the default of `Scheme.parse`."""
     select: str = "auto"
+    """The policy that picks a transform per site, see `SelectionPolicy.parse`; `none` rounds to nearest without
+    any, `auto` is `none` for float linears, and for others `measured` within a tenth of their FLOPs, or what
+    `fixed:affine` costs if that is more.
+    """
     plan: str | None = None
+    """A plan.json whose transforms are made instead of choosing any; for the same model."""
     high_impact: str | None = None
+    """A folder with a plan.safetensors, such as a bundle, whose high-impact channels keep more bits; None takes
+    those of the plan, if that has any.
+    """
+    overrides: dict[str, SiteOverride] = Field(default_factory=dict)
+    r"""Regular expression -> what the sites or linears whose whole names it matches get instead of what the policy
+    says, such as `model.layers.(0|1)\..*: {kind: rotation}`.
+    """
     residual_rotation: bool = False
+    """Rotate the residual stream, folded into the weights at no cost at run time, before transforms are chosen and
+    fitted.
+    """
     dataset: str = SELF
+    """Calibration text, as the three settings below; see `CalibrationSettings`."""
     nsamples: int = 16
+    """Calibration sequences."""
     seqlen: int | None = None
+    """Tokens in each; None is 512, or what the model was made for where that is less."""
     seed: int = 0
+    """Of all random choices."""
     refine: NonNegativeInt = 0
+    """Epochs for which the transforms of each block are learned by gradient descent, from their closed forms."""
     polish: NonNegativeInt | None = None
+    """Epochs for which norms, scales and clips of the whole model are learned last, see `polish`; None is 4 where
+    the model is small enough.
+    """
     device: str = "cpu"
+    """What learns and calibrates: `cpu`, `cuda`, or `cuda:N`."""
     verify_passes: bool = True
+    """Run the float graph after every pass that flattens, and stop where the logits move."""
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("ort",)
+    """What to lower to; `ort` is integer products in ONNX Runtime, `rtx` and `tensorrt` are engines."""
     num_layers: PositiveInt | None = None
+    """Keep only this many of the first decoder blocks; None keeps all."""
     max_context: PositiveInt | None = None
+    """Tokens of prompt and answer together; None is what the model was made for, and for engines, whose cache has
+    a fixed size, 2048 at most.
+    """
     max_batch_size: PositiveInt | None = None
+    """Sequences that an engine takes at once; None is the default of `build_engines`."""
     max_input_len: PositiveInt | None = None
+    """Prompt tokens that an engine takes at once; None is the default of `build_engines`."""
     sms: tuple[PositiveInt, ...] | None = None
+    """GPU generations to build engines for, such as 89; None is the default of `build_engines`."""
 
     @classmethod
     def read(cls, path: Path | None = None, **given: Any) -> "Recipe":
@@ -85,13 +95,13 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: if the file cannot be read, or a setting is unknown, missing or wrong; the message names it.
         """
-        settings = {} if path is None else _load(path)
-        settings |= {name: value for name, value in given.items() if value is not None}
-        source = f"{path}: " if path else ""
+        given = {name: value for name, value in given.items() if value is not None}
+        file = None if path is None else RecipeFile(path)
         try:
-            return cls(**settings)
+            return cls(**({} if file is None else file.settings) | given)
         except ValidationError as error:
-            raise RecipeError("; ".join(_describe(source, problem) for problem in error.errors())) from error
+            problems = [_describe(problem, file, given) for problem in error.errors()]
+            raise RecipeError("; ".join(problems)) from error
 
     def parsed_scheme(self) -> Scheme:
         """Return the scheme.
@@ -116,12 +126,18 @@ class Recipe(BaseModel):
                     "Leave out --plan or --select."
                 )
             policy = SelectionPolicy("plan", plan=Path(self.plan))
+        policy = dataclasses.replace(policy, overrides=self.overrides)
         if self.parsed_scheme().linear.is_float:
-            if policy.name in ("auto", "none") and not self.residual_rotation:
+            if policy.name in ("auto", "none") and not (self.residual_rotation or self.overrides):
                 return SelectionPolicy("none")
             raise SelectionError(
                 f"The policy {policy} flattens what linears round, and {self.scheme} leaves linears in floating "
-                "point. Leave out --select, --plan and --residual-rotation, or give the linears low bits."
+                "point. Leave out --select, --plan, --residual-rotation and overrides, or give the linears low bits."
+            )
+        if policy.name == "none" and self.overrides:
+            raise SelectionError(
+                "The recipe overrides transforms, and the policy none makes none. Leave out the overrides, or give "
+                "--select fixed:rotation or another policy."
             )
         if policy.name == "none" and self.residual_rotation:
             raise SelectionError(
@@ -168,21 +184,15 @@ class Recipe(BaseModel):
         write_text(path, yaml.safe_dump(settings, sort_keys=False, default_flow_style=False, allow_unicode=True))
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"The recipe {path} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise RecipeError(f"The recipe {path} is not a mapping of settings, such as 'scheme: w4a4k4v4'.")
-    return {str(name): value for name, value in settings.items()}
-
-
-def _describe(source: str, problem: Any) -> str:
-    """Put one problem that pydantic found into a sentence that names the setting."""
-    key = ".".join(str(part) for part in problem["loc"])
+def _describe(problem: Any, file: RecipeFile | None, given: Mapping[str, Any]) -> str:
+    """Put one problem that pydantic found into a sentence that names the setting, and its line in the file."""
+    loc = problem["loc"]
+    key, where = ".".join(str(part) for part in loc), ""
+    if file is not None and loc and loc[0] not in given:
+        where = f"{file.place(loc)}: "
     if problem["type"] == "extra_forbidden":
-        return f"{source}unknown setting '{key}'; the settings are {', '.join(Recipe.model_fields)}"
+        fields = Recipe.model_fields if len(loc) == 1 else SiteOverride.model_fields
+        return f"{where}unknown setting '{key}'; the settings are {', '.join(fields)}"
     if problem["type"] == "missing":
-        return f"{source}'{key}' is missing; every compile needs a model and a scheme"
-    return f"{source}'{key}' is {problem['input']!r}: {problem['msg']}"
+        return f"{where}'{key}' is missing; every compile needs a model and a scheme"
+    return f"{where}'{key}' is {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"

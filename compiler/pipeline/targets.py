@@ -5,7 +5,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from planish.compiler.bundle.layout import MODEL_FILE, engine_folder
 from planish.compiler.optional import require
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.progress import Progress
@@ -28,12 +27,13 @@ def check_targets(recipe: Recipe) -> None:
         require("tensorrt")
 
 
-def lower(target: str, bundle: Path, recipe: Recipe, longest: int, progress: Progress) -> None:
-    """Lower the portable model in `bundle` to `target`, into its folder below engines/.
+def lower(target: str, portable: Path, folder: Path, recipe: Recipe, longest: int, progress: Progress) -> None:
+    """Lower a portable model to `target`.
 
     Args:
         target: one of `TARGETS`.
-        bundle: the folder of the bundle.
+        portable: the portable model's file.
+        folder: where to; made if need be.
         recipe: gives what was asked for.
         longest: the longest context, in tokens, that the model itself allows.
         progress: is told how far the work is.
@@ -41,7 +41,7 @@ def lower(target: str, bundle: Path, recipe: Recipe, longest: int, progress: Pro
     Raises:
         EngineBuildError: if an engine cannot be built.
     """
-    model, folder = ir.load(bundle / MODEL_FILE), engine_folder(bundle, target)
+    model = ir.load(portable)
     folder.mkdir(parents=True, exist_ok=True)
     if target == "ort":
         from planish.compiler.backends.ort import build_ort

@@ -95,21 +95,22 @@ def _fit_rows(rows: Tensor, bits: int, half: bool) -> tuple[Tensor, Tensor]:
 
     def round_to(scale: Tensor) -> tuple[Tensor, Tensor]:
         q = (rows / scale).round_().clamp_(-zero, zero - 1)
-        return q, (q * scale - rows).square_().sum(1, keepdim=True)
+        return q, (q * scale).sub_(rows).square_().sum(1, keepdim=True)
 
-    best_scale = stored(absmax_scale)
-    best_q, best_error = round_to(best_scale)
+    scale = stored(absmax_scale)
+    best_scale, (_, best_error) = scale, round_to(scale)
     for trial in range(len(_SHARES) - 1 + _REFITS):
         if trial < len(_SHARES) - 1:
             scale = stored(absmax_scale * _SHARES[trial + 1])
         else:
+            # Codes follow from their scale: making them anew costs less than keeping the best through the search.
+            best_q, _ = round_to(best_scale)
             scale = stored((rows * best_q).sum(1, keepdim=True) / best_q.square().sum(1, keepdim=True))
-        q, error = round_to(scale)
+        _, error = round_to(scale)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
         best_error = torch.where(better, error, best_error)
-        best_q = torch.where(better, q, best_q)
-    return (best_q + zero).to(torch.uint8), best_scale.squeeze(1)
+    return (round_to(best_scale)[0] + zero).to(torch.uint8), best_scale.squeeze(1)
 
 
 def dequantize_weight(weight: QuantizedWeight) -> Tensor:

@@ -18,6 +18,7 @@ from planish.compiler.select.budget import Candidate, choose
 from planish.compiler.select.forms import MEASURED_FORMS, SITE_GROUPS, form_of, forms_of_groups
 from planish.compiler.select.kurtosis import Group, KurtosisRule, read_kurtosis, select_by_kurtosis
 from planish.compiler.select.measure_forms import FormErrors, measure_forms
+from planish.compiler.select.overrides import SiteOverride, resolve_overrides
 from planish.compiler.select.policy import DEFAULT_BUDGET, SelectionPolicy, linear_flops
 from planish.compiler.select.search_forms import search_forms
 from planish.compiler.select.site_choice import read_choices
@@ -65,8 +66,31 @@ def choose_forms(
     Raises:
         CalibrationError: if what flows through the model is not finite, or there are too few sequences.
         PlanError: if the plan cannot be read or does not fit the model.
-        SelectionError: if no choice fulfils the policy.
+        SelectionError: if no choice fulfils the policy, or an override names nothing.
     """
+    overrides = resolve_overrides(policy.overrides, checkpoint.config.num_hidden_layers)
+    chosen = _by_policy(checkpoint, scheme, policy, token_ids, folder, progress, seed, device)
+    return [_overridden(each, of_layer) for each, of_layer in zip(chosen, overrides, strict=True)]
+
+
+def _overridden(chosen: ChosenForms, overrides: Mapping[Site, SiteOverride]) -> ChosenForms:
+    forms = {site: form for site, each in overrides.items() if (form := each.form_at(site)) is not None}
+    evidence: dict[Site, dict[str, float]] = {
+        site: {**chosen.evidence.get(site, {}), "overridden by the recipe": 1.0} for site in forms
+    }
+    return ChosenForms({**chosen.forms, **forms}, {**chosen.evidence, **evidence})
+
+
+def _by_policy(
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    policy: SelectionPolicy,
+    token_ids: npt.NDArray[np.int64],
+    folder: Path,
+    progress: Progress,
+    seed: int,
+    device: torch.device | None,
+) -> list[ChosenForms]:
     layers = checkpoint.config.num_hidden_layers
     if policy.plan is not None:
         return forms_of_plan(policy.plan, checkpoint)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from planish.compiler.checkpoint import Checkpoint
-from planish.compiler.learn.block import SITE_MODULES, Angles, Block, FloatHooks, run_block
+from planish.compiler.learn.block import SITE_MODULES, Angles, Block, FloatHooks, enter_block, run_block, run_site
 from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.clips import read_heads, search_clip, search_kv_clip
 from planish.compiler.learn.factors import Factors
@@ -21,7 +22,7 @@ from planish.compiler.learn.site_factors import closed_form_factors
 from planish.compiler.learn.site_moments import gather_moments, residual_weights
 from planish.compiler.learn.streams import Sequences, Streams
 from planish.compiler.progress import Progress
-from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
+from planish.compiler.quantize.arithmetic import QuantizedWeight, dequantize_weight, quantize_weight
 from planish.compiler.select.float_blocks import visit_float_blocks
 from planish.compiler.select.forms import MEASURED_FORMS, form_of, online_flops
 from planish.compiler.select.rho import rho_of
@@ -93,6 +94,7 @@ def _measure_block(block: Block, streams: Streams, outputs: Sequences, angles: A
     result = FormErrors({site: {} for site in SITES}, {site: {} for site in SITES}, {site: {} for site in SITES})
     widths = {site: x.shape[-1] for site, x in sample.seen.items()}
     for site in SITES:
+        candidates: dict[Form, _OneSite] = {}
         for form in MEASURED_FORMS[site]:
             try:
                 factors = closed_form_factors(block, moments, {site: form}, seed=0)[site]
@@ -109,19 +111,39 @@ def _measure_block(block: Block, streams: Streams, outputs: Sequences, angles: A
             else:
                 bits = scheme.key_bits if site == "key" else scheme.value_bits
                 hooks.clip = search_kv_clip(site, factors, bits, heads, output, few_weights)
-            error = _held_out_error(block, hooks, streams, outputs, angles)
-            result.errors[site][form] = error if math.isfinite(error) else math.inf
+            candidates[form] = hooks
             result.flops[site][form] = online_flops(site, stored, block.config)
+        for form, error in _held_out_errors(block, site, candidates, streams, outputs, angles).items():
+            result.errors[site][form] = error if math.isfinite(error) else math.inf
     return result
 
 
-def _held_out_error(block: Block, hooks: "_OneSite", streams: Streams, outputs: Sequences, angles: Angles) -> float:
-    errors = []
+def _held_out_errors(
+    block: Block,
+    site: Site,
+    candidates: Mapping[Form, "_OneSite"],
+    streams: Streams,
+    outputs: Sequences,
+    angles: Angles,
+) -> dict[Form, float]:
+    """Return the error of every form at a site; what lies in front of the site is run once for all of them."""
+    config, exact = block.config, FloatHooks(block)
+    # Keys and values are made of what comes to attn_in.
+    order = list(SITE_MODULES)
+    place = order.index(site) if site in SITE_MODULES else order.index("attn_in")
+    lost, tokens = dict.fromkeys(candidates, 0.0), 0
     for part in streams.batches(held_out=True):
-        y = outputs[part]
-        lost = run_block(block.config, hooks, streams.target[part], angles) - y
-        errors.append((lost.square().sum(-1) / y.square().sum(-1).clamp_min(1e-12)).flatten())
-    return float(torch.cat(errors).mean())
+        y, flow = outputs[part], enter_block(config, exact, streams.target[part])
+        for before in order[:place]:
+            flow = run_site(config, exact, before, flow, angles)
+        for form, hooks in candidates.items():
+            low = flow
+            for behind in order[place:]:
+                low = run_site(config, hooks, behind, low, angles)
+            error = (low.residual - y).square().sum(-1) / y.square().sum(-1).clamp_min(1e-12)
+            lost[form] += float(error.sum())
+        tokens += y.shape[0] * y.shape[1]
+    return {form: each / tokens for form, each in lost.items()}
 
 
 class _Sampling(FloatHooks):
@@ -143,7 +165,8 @@ class _OneSite(FloatHooks):
     def __init__(self, block: Block, site: Site, factors: Factors, scheme: Scheme) -> None:
         super().__init__(block)
         self._site, self._factors, self._scheme = site, factors, scheme
-        self._weights: dict[str, Tensor] = {}
+        # As codes: the forms of a site wait for one another.
+        self._weights: dict[str, QuantizedWeight] = {}
         self.clip = 1.0
 
     def round_linears(self, rows: Tensor, token_weights: Tensor) -> None:
@@ -151,8 +174,8 @@ class _OneSite(FloatHooks):
         form = self._scheme.linear
         for module in SITE_MODULES[self._site]:
             mapped = self._factors.apply_to_weight(self._block.weight(module).double()).float()
-            self._weights[module] = dequantize_weight(quantize_weight(mapped, form))
-        stacked = torch.cat(list(self._weights.values()))
+            self._weights[module] = quantize_weight(mapped, form)
+        stacked = torch.cat([dequantize_weight(weight) for weight in self._weights.values()])
         self.clip = search_clip(self._factors.apply(rows), stacked, form, token_weights)
 
     def site(self, site: Site, x: Tensor) -> Tensor:
@@ -165,7 +188,8 @@ class _OneSite(FloatHooks):
         """Return the output of a linear, rounded or not."""
         if module not in self._weights:
             return super().linear(module, x)
-        return torch.nn.functional.linear(x, self._weights[module], self._block.tensors.get(f"{module}.bias"))
+        weight = dequantize_weight(self._weights[module])
+        return torch.nn.functional.linear(x, weight, self._block.tensors.get(f"{module}.bias"))
 
     def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Round keys or values if they are the one site, in the space of their map and back."""

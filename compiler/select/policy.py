@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,6 +11,7 @@ from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.checkpoint.tensors import expected_tensors
 from planish.compiler.errors import SelectionError
 from planish.compiler.select.kurtosis import Aggregate, KurtosisRule, Mode
+from planish.compiler.select.overrides import SiteOverride
 from planish.passes.transforms import Kind
 
 __all__ = ["DEFAULT_BUDGET", "PolicyName", "SelectionPolicy", "linear_flops"]
@@ -43,6 +44,7 @@ class SelectionPolicy:
         rule: of `kurtosis`, else None.
         budget: of `measured`, else None: what the online transforms may cost, as a share of `linear_flops`.
         plan: of `plan`, else None: the plan.json.
+        overrides: by regular expression, what the sites it names get instead; see `resolve_overrides`.
     """
 
     name: PolicyName
@@ -51,6 +53,7 @@ class SelectionPolicy:
     rule: KurtosisRule | None = None
     budget: float | None = None
     plan: Path | None = None
+    overrides: Mapping[str, SiteOverride] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> "SelectionPolicy":

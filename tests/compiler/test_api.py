@@ -1,6 +1,7 @@
 """The public names are there, and the examples in their docstrings run."""
 
 import doctest
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import planish.compiler
 from planish.compiler.bundle.bundle import Bundle
 
-_EXAMPLES = ("Bundle", "compile_model", "evaluate", "inspect")
+_EXAMPLES = ("Bundle", "build_target", "compile_model", "evaluate", "inspect")
 
 
 @pytest.mark.parametrize("name", planish.compiler.__all__)
@@ -41,7 +42,7 @@ def test_examples_run(name: str, tiny: Path, bundle: Bundle, text: Path, tmp_pat
         "checkpoint": tiny,
         "out": tmp_path / "out",
         "bundle": bundle,
-        "path": bundle.path,
+        "path": shutil.copytree(bundle.path, tmp_path / "bundle") if name == "build_target" else bundle.path,
         "text": text,
     }
     parser, failed = doctest.DocTestRunner(), 0

@@ -28,6 +28,10 @@ from planish.compiler.progress import Progress, Silent
 
 __all__ = ["DEFAULT_SMS", "EngineBuild", "build_engines"]
 
+#: TensorRT-RTX 1.7 cannot build attention of one sequence and 2 to some 32 new tokens at most: where the batch is a
+#: constant it names an op of the mask twice. Shorter profiles than this are built for two sequences.
+_LONG_PROMPT = 64
+
 #: GeForce RTX 30 (86), 40 (89) and 50 (120): what one TensorRT-RTX engine is built for unless told otherwise.
 DEFAULT_SMS = (86, 89, 120)
 
@@ -72,7 +76,7 @@ def build_engines(
         folder: where to; made if need be.
         flavour: 'rtx' or 'tensorrt'.
         sms: compute capabilities times ten.
-        max_batch: sequences at most.
+        max_batch: sequences at most; engine.json says 2 where an engine for 1 cannot be built.
         max_prompt: new tokens of a call at most; never more than `max_context`.
         max_context: slots of the cache, fixed when the engine is built.
         progress: told how far the build is.
@@ -84,6 +88,9 @@ def build_engines(
     told, package = progress or Silent(), flavour_of(flavour)
     package.load()
     portable = ir.load(model) if isinstance(model, Path) else model
+    max_prompt = min(max_prompt, max_context)
+    if max_batch == 1 and 1 < max_prompt < _LONG_PROMPT:
+        max_batch = 2
     folder.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".build-", dir=folder))
     try:
@@ -98,7 +105,7 @@ def build_engines(
             engine=str(work / ENGINE_FILE),
             sms=tuple(sms),
             max_batch=max_batch,
-            max_prompt=min(max_prompt, max_context),
+            max_prompt=max_prompt,
         )
         built = run_job(job, told)
         record = EngineRecord(
@@ -114,7 +121,7 @@ def build_engines(
             inputs=built.inputs,
             outputs=built.outputs,
             max_batch=max_batch,
-            max_prompt=job.max_prompt,
+            max_prompt=max_prompt,
             max_context=max_context,
             fallbacks=fallbacks(portable),
             build_seconds=round(built.seconds, 1),

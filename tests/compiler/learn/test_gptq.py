@@ -109,9 +109,11 @@ def test_compensate_is_the_least_squares_solution(ridge: float) -> None:
     left = np.concatenate([seen.numpy(), root * np.eye(12)])
     right = np.concatenate([(x @ w.double().T).numpy(), root * w.double().numpy().T])
     expected = np.linalg.lstsq(left, right)[0].T
-    np.testing.assert_allclose(compensate(w, hessian, cross, ridge).numpy(), expected, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(
+        compensate(w.double(), hessian, cross, [ridge])[ridge].numpy(), expected, rtol=1e-6, atol=1e-8
+    )
 
 
 def test_nothing_to_compensate() -> None:
     x, w = inputs(12), weights(5, 12)
-    torch.testing.assert_close(compensate(w, x.T @ x, x.T @ x, 0.3), w.double(), rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(compensate(w.double(), x.T @ x, x.T @ x, [0.3])[0.3], w.double(), rtol=1e-8, atol=1e-9)

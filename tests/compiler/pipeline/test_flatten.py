@@ -22,6 +22,7 @@ from planish.compiler.pipeline.compile import compile_model
 from planish.compiler.progress import Silent
 from planish.compiler.select.plan_file import load_transforms
 from planish.compiler.select.site_choice import read_choices
+from planish.passes.transforms import SITES
 from tests.tiny import VARIANTS, write_tiny
 
 SCHEME = "w4a4k4v4"
@@ -247,3 +248,20 @@ def test_the_default_is_closer_than_rounding_to_nearest(tiny: Path, tmp_path: Pa
         made = compile_model(tiny, tmp_path / select, **{**few, "scheme": "w3a3k3v3", "select": select, "polish": 2})
         found[select] = divergence_from_transformers(tiny, made, few)
     assert found["auto"] <= found["none"] * 1.02
+
+
+def test_a_recipe_overrides_single_sites(tiny: Path, tmp_path: Path, few: dict[str, Any]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: m\nscheme: w4a4\nselect: fixed:rotation\noverrides:\n  model.layers.1.mlp.down_proj: {kind: affine}\n"
+        "  .*.key: {form: identity}\n"
+    )
+    bundle = compile_model(tiny, tmp_path / "out", recipe=path, **few)
+    entries = json.loads((bundle.path / "plan.json").read_text())["transforms"]["sites"]
+    forms = {(entry["layer"], entry["site"]): entry["form"] for entry in entries}
+    changed = {(0, "key"): "identity", (1, "key"): "identity", (1, "ffn_out"): "blocks128"}
+    assert forms == {(layer, site): changed.get((layer, site), "rotation") for layer in (0, 1) for site in SITES}
+    marked = {(each["layer"], each["site"]) for each in entries if "overridden by the recipe" in each["evidence"]}
+    assert marked == set(changed)
+    again = compile_model(None, tmp_path / "again", recipe=bundle.path / "recipe.yaml")
+    assert contents(again) == contents(bundle)

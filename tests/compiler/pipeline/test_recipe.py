@@ -1,11 +1,13 @@
 """Recipes are read, overridden and written back; what is wrong in one is named."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from planish.compiler.errors import CalibrationError, RecipeError, SelectionError
 from planish.compiler.pipeline.recipe import Recipe
+from planish.compiler.pipeline.recipe_schema import recipe_schema
 
 
 def write(path: Path, text: str) -> Path:
@@ -29,10 +31,16 @@ def test_written_recipe_reads_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: a\nscheme: w4a4\nshceme: b\n", "r.yaml: unknown setting 'shceme'; the settings are model, scheme"),
+        ("model: a\nscheme: w4a4\nshceme: b\n", "r.yaml:3: unknown setting 'shceme'; the settings are model, scheme"),
         ("model: a\n", "'scheme' is missing"),
-        ("model: a\nscheme: w4a4\nnum_layers: two\n", "'num_layers' is 'two'"),
-        ("model: a\nscheme: w4a4\ntargets: [ort, tpu]\n", r"'targets\.1' is 'tpu'"),
+        ("model: a\nscheme: w4a4\nnum_layers: two\n", "r.yaml:3: 'num_layers' is 'two'"),
+        ("model: a\nscheme: w4a4\ntargets:\n- ort\n- tpu\n", r"r.yaml:5: 'targets\.1' is 'tpu'"),
+        ("model: a\nmodel: b\n", "r.yaml:2: 'model' stands in line 1 as well"),
+        ("model: a\noverrides:\n  .*: {}\n", "r.yaml:3: 'overrides..\\*' is {}: it says nothing"),
+        (
+            "model: a\noverrides:\n  .*:\n    knid: rotation\n",
+            "r.yaml:4: unknown setting 'overrides..\\*.knid'; the settings are kind, form",
+        ),
         ("model: a\nscheme: w4a4\ntargets: []\n", "'targets'"),
         ("- a\n", "not a mapping"),
         ("a: [\n", "cannot be read"),
@@ -41,6 +49,37 @@ def test_written_recipe_reads_back(tmp_path: Path) -> None:
 def test_wrong_recipes_name_the_setting(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Recipe.read(write(tmp_path / "r.yaml", text))
+
+
+def test_a_flag_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", "model: a\nscheme: w4a4\nnum_layers: 2\n")
+    with pytest.raises(RecipeError, match=r"^'num_layers' is -1"):
+        Recipe.read(path, num_layers=-1)
+
+
+def test_overrides_need_a_policy_that_makes_transforms() -> None:
+    overrides = {".*": {"kind": "rotation"}}
+    for scheme, select in (("w4a4", "none"), ("w16a16", "auto")):
+        with pytest.raises(SelectionError, match="overrides"):
+            Recipe.read(model="a", scheme=scheme, select=select, overrides=overrides).parsed_policy()
+    policy = Recipe.read(model="a", scheme="w4a4", overrides=overrides).parsed_policy()
+    assert policy.overrides[".*"].kind == "rotation"
+
+
+def test_the_schema_in_the_docs_is_that_of_the_code() -> None:
+    path = Path(__file__).parents[3] / "docs" / "recipe.schema.json"
+    assert json.loads(path.read_text(encoding="utf-8")) == recipe_schema(), "make schema writes it anew"
+    described = recipe_schema()["properties"]
+    assert all("description" in each for each in described.values())
+
+
+def test_every_recipe_in_the_examples_is_one() -> None:
+    recipes = sorted((Path(__file__).parents[3] / "examples").rglob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        recipe = Recipe.read(path)
+        recipe.parsed_scheme()
+        recipe.parsed_policy()
 
 
 def test_missing_recipe(tmp_path: Path) -> None:

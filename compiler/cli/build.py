@@ -1,0 +1,50 @@
+"""`planish build`: a further target for a bundle, without compiling again."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from planish.compiler.cli.app import JsonFlag, Output
+
+__all__ = ["run_build"]
+
+
+def run_build(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    target: Annotated[str, typer.Option(help="ort, rtx or tensorrt; what the bundle has for it is replaced.")],
+    max_context: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer together.")] = None,
+    max_batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences that an engine takes at once.")] = None,
+    max_input_len: Annotated[int | None, typer.Option(min=1, help="Prompt tokens an engine takes at once.")] = None,
+    sm: Annotated[list[int] | None, typer.Option(help="GPU generation of an engine, such as 89; repeatable.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Lower a compiled bundle to a further target, or build its engine anew for another GPU or other limits."""
+    from planish.compiler.pipeline.build import build_target
+    from planish.compiler.progress import progress_for
+
+    out, started = Output(json), time.perf_counter()
+    with progress_for(sys.stderr) as progress:
+        made = build_target(
+            bundle,
+            target,
+            max_context=max_context,
+            max_batch_size=max_batch_size,
+            max_input_len=max_input_len,
+            sms=sm or None,
+            progress=progress,
+        )
+    seconds = round(time.perf_counter() - started, 1)
+    size = sum(path.stat().st_size for path in made.model_path(target).parent.iterdir())
+    out.line(f"{bundle}: {target} added, {size / 1e6:.1f} MB, {seconds} s; targets {', '.join(made.manifest.targets)}")
+    out.result(
+        {
+            "bundle": str(bundle),
+            "target": target,
+            "bytes": size,
+            "seconds": seconds,
+            "targets": list(made.manifest.targets),
+        }
+    )

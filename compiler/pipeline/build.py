@@ -1,0 +1,117 @@
+"""Build a target of a bundle that is compiled already: where the engine's GPU is, say, or for another GPU."""
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.bundle.layout import MODEL_FILE, RECIPE_FILE, REPORT_FOLDER, engine_folder
+from planish.compiler.checkpoint.files import read_json, write_json
+from planish.compiler.errors import OutputFolderError, RecipeError
+from planish.compiler.pipeline.recipe import Recipe
+from planish.compiler.pipeline.targets import check_targets, lower
+from planish.compiler.pipeline.work_folder import clear_errors
+from planish.compiler.progress import Progress, Silent
+
+__all__ = ["build_target"]
+
+
+def build_target(
+    bundle: str | Path,
+    target: str,
+    *,
+    max_context: int | None = None,
+    max_batch_size: int | None = None,
+    max_input_len: int | None = None,
+    sms: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Lower the portable model of a bundle to a target, in place of what the bundle has for it, if anything.
+
+    The bundle runs as it is until everything is built. A run that is killed leaves it as it was, or without this
+    target.
+
+    Args:
+        bundle: its folder.
+        target: one of `TARGETS`.
+        max_context: see `Recipe`; as all further settings, the recipe of the bundle has it unless it is given.
+        max_batch_size: see `Recipe`.
+        max_input_len: see `Recipe`.
+        sms: see `Recipe`.
+        progress: is told how far the build is; None says nothing.
+
+    Returns:
+        The bundle with the target.
+
+    Raises:
+        PlanishError: one of its subclasses: RecipeError for a target that does not exist, MissingExtraError,
+            EngineBuildError, BundleCorruptError, OutputFolderError if the bundle cannot be written.
+
+    Example:
+        >>> build_target(path, "ort").manifest.targets
+        ('ort',)
+    """
+    opened = Bundle.open(bundle)
+    path, before = opened.path, opened.manifest.targets
+    if not (path / RECIPE_FILE).is_file():
+        raise RecipeError(
+            f"{path} has no {RECIPE_FILE}: it is a float export, which has no targets. Compile the checkpoint with "
+            "--scheme w16a16k16v16 instead."
+        )
+    recipe = Recipe.read(
+        path / RECIPE_FILE,
+        targets=(target,),
+        max_context=max_context,
+        max_batch_size=max_batch_size,
+        max_input_len=max_input_len,
+        sms=None if sms is None else tuple(sms),
+    )
+    check_targets(recipe)
+    folder = engine_folder(path, target)
+    with clear_errors(path), _scratch(folder) as made:
+        longest = min(opened.config.max_context, opened.manifest.max_context)
+        lower(target, path / MODEL_FILE, made, recipe, longest, progress or Silent())
+        # What planish.json lists is always there and whole: it forgets the target first and learns it last.
+        others = tuple(each for each in before if each != target)
+        _list(opened, others, without=folder)
+        if folder.exists():
+            shutil.rmtree(folder)
+        made.rename(folder)
+        targets = (*others, target)
+        recipe.model_copy(update={"targets": targets}).write(path / RECIPE_FILE)
+        _report_engine(path, target)
+        dataclasses.replace(opened.manifest, targets=targets).write(path)
+    return Bundle.open(path, verify=False)
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Make a folder beside `folder`, and remove it again unless it was renamed."""
+    made = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir(parents=True)
+    except OSError as error:
+        raise OutputFolderError(
+            f"{made} cannot be made ({error.strerror}). Give a bundle that can be written."
+        ) from error
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _list(bundle: Bundle, targets: tuple[str, ...], without: Path) -> None:
+    """Write planish.json for `targets`, and without the files that are about to change."""
+    changing = (without.relative_to(bundle.path).as_posix() + "/", RECIPE_FILE, REPORT_FOLDER + "/")
+    files = {name: record for name, record in bundle.manifest.files.items() if not name.startswith(changing)}
+    dataclasses.replace(bundle.manifest, targets=targets, files=files).write_records(bundle.path)
+
+
+def _report_engine(path: Path, target: str) -> None:
+    report, engine = path / REPORT_FOLDER / "report.json", engine_folder(path, target) / "engine.json"
+    if report.is_file() and engine.is_file():
+        content = read_json(report)
+        write_json(report, {**content, "engines": {**content.get("engines", {}), target: read_json(engine)}})

@@ -1,0 +1,127 @@
+"""A further target for a compiled bundle: whole or not at all, with the files a compile would have made."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from planish.compiler.backends import ort
+from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.bundle.layout import RECIPE_FILE
+from planish.compiler.errors import BundleCorruptError, EngineBuildError, MissingExtraError, RecipeError
+from planish.compiler.pipeline import build as module
+from planish.compiler.pipeline.build import build_target
+from planish.compiler.pipeline.compile import compile_model
+from tests.command import Run
+
+
+@pytest.fixture
+def copy(bundle: Bundle, tmp_path: Path) -> Path:
+    """A bundle to change."""
+    return shutil.copytree(bundle.path, tmp_path / "bundle")
+
+
+def files(path: Path) -> list[str]:
+    return sorted(each.relative_to(path).as_posix() for each in path.rglob("*"))
+
+
+def test_an_engine_for_a_compiled_bundle(copy: Path, tiny: Path, tmp_path: Path) -> None:
+    limits = {"max_context": 32, "max_batch_size": 1, "max_input_len": 8, "sms": (89,)}
+    built = build_target(copy, "rtx", **limits)  # type: ignore[arg-type]
+    assert built.manifest.targets == ("ort", "rtx")
+    built.manifest.verify(copy)
+    expected = compile_model(
+        tiny,
+        tmp_path / "at_once",
+        scheme="w4a8k8v8",
+        select="none",
+        targets=("ort", "rtx"),
+        **limits,  # type: ignore[arg-type]
+    )
+    assert files(copy) == files(expected.path)
+    record = json.loads((copy / "engines" / "rtx" / "engine.json").read_text())
+    # For one sequence and short prompts an engine is built for two: see build_engines.
+    assert (record["sms"], record["max_batch"], record["max_context"]) == ([89], 2, 32)
+    assert record["onnx"] == json.loads((expected.path / "engines/rtx/engine.json").read_text())["onnx"]
+    assert json.loads((copy / "report" / "report.json").read_text())["engines"]["rtx"] == record
+    recipe = yaml.safe_load((copy / RECIPE_FILE).read_text())
+    assert (recipe["targets"], recipe["sms"], recipe["max_context"]) == (["ort", "rtx"], [89], 32)
+
+
+def test_a_target_is_made_again(copy: Path, bundle: Bundle) -> None:
+    (copy / "engines" / "ort" / "left over").write_text("of an older planish")
+    built = build_target(copy, "ort")
+    assert built.manifest.targets == ("ort",)
+    assert files(copy) == files(bundle.path)
+    for name in ("engines/ort/model.onnx", "engines/ort/model.onnx.data", "model.onnx.data"):
+        assert built.manifest.files[name] == bundle.manifest.files[name]
+
+
+def test_a_build_that_fails_leaves_the_bundle_as_it_was(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+    def fail(*_: object) -> None:
+        (module.engine_folder(copy, "ort").with_name(".ort.partial") / "half").write_text("written")
+        raise EngineBuildError("no")
+
+    monkeypatch.setattr(ort, "build_ort", fail)
+    with pytest.raises(EngineBuildError):
+        build_target(copy, "ort")
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("killed_at", ["rmtree", "rename"])
+def test_a_kill_between_old_and_new_leaves_a_bundle_without_the_target(
+    killed_at: str, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, rename = shutil.rmtree, Path.rename
+
+    def killed_removing(path: Path, **options: bool) -> None:
+        if path == module.engine_folder(copy, "ort"):
+            os.remove(path / "model.onnx.data")
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    def killed_renaming(path: Path, to: Path) -> Path:
+        if to == module.engine_folder(copy, "ort"):
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    with monkeypatch.context() as patch:
+        if killed_at == "rmtree":
+            patch.setattr(module.shutil, "rmtree", killed_removing)
+        else:
+            patch.setattr(Path, "rename", killed_renaming)
+        with pytest.raises(KeyboardInterrupt):
+            build_target(copy, "ort")
+    left = Bundle.open(copy)
+    assert left.manifest.targets == ()
+    assert left.model_path() == copy / "model.onnx"
+    assert build_target(copy, "ort").manifest.targets == ("ort",)
+    Bundle.open(copy)
+
+
+def test_what_cannot_be_built(copy: Path) -> None:
+    with pytest.raises(RecipeError, match="targets"):
+        build_target(copy, "cuda")
+    with pytest.raises(MissingExtraError):
+        build_target(copy, "tensorrt")
+    (copy / "model.onnx.data").write_bytes(b"cut off")
+    with pytest.raises(BundleCorruptError):
+        build_target(copy, "ort")
+
+
+def test_a_float_export_is_refused(float_bundle: Bundle) -> None:
+    with pytest.raises(RecipeError, match="float export"):
+        build_target(float_bundle.path, "ort")
+
+
+def test_the_command(run: Run, copy: Path) -> None:
+    done = run("build", copy, "--target", "ort", "--json")
+    assert done.code == 0, done.err
+    assert done.json["targets"] == ["ort"]
+    assert done.json["bytes"] == sum(path.stat().st_size for path in (copy / "engines" / "ort").iterdir())
+    assert run("build", copy, "--target", "cuda").code == RecipeError.exit_code

@@ -8,6 +8,7 @@ __all__ = [
     "PLAN_FILE",
     "RECIPE_FILE",
     "REPORT_FILE",
+    "REPORT_FOLDER",
     "REPORT_PAGE",
     "engine_folder",
 ]
@@ -15,8 +16,9 @@ __all__ = [
 MANIFEST_FILE = "planish.json"
 RECIPE_FILE = "recipe.yaml"
 PLAN_FILE = "plan.json"
-REPORT_FILE = "report/report.json"
-REPORT_PAGE = "report/report.html"
+REPORT_FOLDER = "report"
+REPORT_FILE = f"{REPORT_FOLDER}/report.json"
+REPORT_PAGE = f"{REPORT_FOLDER}/report.html"
 
 #: The portable model at the top, and the lowered one in the folder of a target; weights are in MODEL_FILE + ".data".
 MODEL_FILE = "model.onnx"

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.table import Table
 
 __all__ = ["JsonFlag", "Output", "app"]
 
@@ -33,6 +34,10 @@ class Output:
     def line(self, text: str) -> None:
         """Print a line for people."""
         self._console.print(text)
+
+    def show(self, table: Table) -> None:
+        """Print a table for people, as wide as the terminal."""
+        self._console.print(table, soft_wrap=False)
 
     def rows(self, rows: dict[str, Any]) -> None:
         """Print names and values in two columns for people."""

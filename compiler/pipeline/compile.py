@@ -1,7 +1,6 @@
 """Compile a checkpoint to a bundle: the stages, in order, each resumed where a killed run left it."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from planish.compiler.export.float_model import save_model
 from planish.compiler.export.portable import portable_model
 from planish.compiler.learn.device import clear_memory_errors, open_device
 from planish.compiler.learn.rotated import RotatedCheckpoint
+from planish.compiler.pipeline.estimate import Work, estimate, unasked_polish
 from planish.compiler.pipeline.flatten import Flattening, check_calibration, flatten
 from planish.compiler.pipeline.high_impact import high_impact_fingerprint, read_high_impact, untransformed
 from planish.compiler.pipeline.plan import make_plan
@@ -51,8 +51,6 @@ _SAMPLE = (
     "raised and hollow from earlier work, becomes even: 3 passes, perhaps 40 minutes, and no mark left to see."
 )
 _SAMPLE_TOKENS = 48
-#: Epochs of polishing, and the most weights of linears for which it is done unasked: 4 GB of float32.
-_POLISH_EPOCHS, _MOST_TO_POLISH = 4, 10**9
 
 
 def compile_model(
@@ -174,7 +172,7 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
     if high:
         settings["high_impact"] = high_impact_fingerprint(high)
     with WorkFolder.hold(out, settings, progress) as work, clear_errors(out):
-        check_space(work.path, _bytes_needed(checkpoint, scheme, recipe))
+        check_space(work.path, estimate(checkpoint.config, scheme, Work.of(recipe, checkpoint.config)).disk)
         clock = StageClock(progress, work.noted(), work.note)
         _Compile(checkpoint, scheme, recipe, calibration, high, work, clock).run()
         work.publish()
@@ -286,12 +284,10 @@ class _Compile:
             return 0
         if self.recipe.polish is not None:
             return self.recipe.polish
-        names = (name for name in self.checkpoint.names() if name.endswith("_proj.weight"))
-        weights = sum(math.prod(self.checkpoint.shape(name)) for name in names)
-        if weights > _MOST_TO_POLISH:
+        epochs = unasked_polish(self.checkpoint.config)
+        if not epochs:
             self.progress.say("not polished: the model is held in float32 for that; ask for it with --polish 4")
-            return 0
-        return _POLISH_EPOCHS
+        return epochs
 
     def _quantize(self, base: Checkpoint, high: HighImpactOf) -> CodesOnDisk:
         def step(_: str, done: int, total: int) -> None:
@@ -338,15 +334,3 @@ class _Compile:
             targets=self.recipe.targets,
             max_context=self._max_context(),
         )
-
-
-def _bytes_needed(checkpoint: Checkpoint, scheme: Scheme, recipe: Recipe) -> int:
-    """Return about how many bytes the work folder takes: codes, portable model, and targets in mostly 8 bits."""
-    config = checkpoint.config
-    total = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-    embedding = config.vocab_size * config.hidden_size
-    linears = total - embedding
-    if scheme.linear.is_float:
-        return 4 * (total + embedding) * (1 + len(recipe.targets))
-    packed = int(linears * scheme.linear.average_bits(config.hidden_size) / 8) + embedding
-    return 2 * packed + 2 * embedding + len(recipe.targets) * (linears + 3 * embedding)

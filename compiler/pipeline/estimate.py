@@ -12,13 +12,13 @@ from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.checkpoint.tensors import expected_tensors
 from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.hadamard import split_width
-from planish.compiler.pipeline.recipe import Target
+from planish.compiler.pipeline.recipe import Recipe, Target
 from planish.compiler.select.forms import form_of
 from planish.compiler.select.policy import SelectionPolicy, linear_flops
 from planish.passes.scheme import LinearFormat, Scheme
 from planish.passes.transforms import Kind, Site
 
-__all__ = ["Estimate", "Work", "estimate"]
+__all__ = ["Estimate", "Work", "estimate", "unasked_polish"]
 
 #: Bytes of the graph of a model, and of its plan and report: of any, and per decoder block.
 _PORTABLE_GRAPH, _ORT_GRAPH, _RECORDS = (20_000, 11_200), (10_000, 40_500), (150_000, 45_000)
@@ -28,6 +28,8 @@ _BLOCK = 128
 _ENGINE = 1.1
 #: Work in passes of the calibration text through the linears, measured on SmolLM2 with 16 x 512 tokens.
 _PASSES_TO_MEASURE, _PASSES_TO_FLATTEN, _PASSES_TO_POLISH = 20.0, 14.5, 5.4
+#: Epochs of polishing, and the most weights of linears for which it is done unasked: 4 GB of float32.
+_POLISH_EPOCHS, _MOST_TO_POLISH = 4, 10**9
 #: Bytes of the interpreter with what it imports.
 _BASE = 450_000_000
 
@@ -49,6 +51,18 @@ class Work:
     seqlen: int
     polish: int
     targets: tuple[Target, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe, config: LlamaConfig) -> "Work":
+        """Return the work of a recipe on a model.
+
+        Raises:
+            CalibrationError: if the recipe's calibration cannot be.
+            SelectionError: if its policy cannot be.
+        """
+        calibration = recipe.calibration(config.max_context)
+        polish = unasked_polish(config) if recipe.polish is None else recipe.polish
+        return cls(recipe.parsed_policy(), calibration.nsamples, calibration.seqlen, polish, recipe.targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +110,11 @@ def estimate(config: LlamaConfig, scheme: Scheme, work: Work) -> Estimate:
         _memory(config, work),
         _flops(config, work),
     )
+
+
+def unasked_polish(config: LlamaConfig) -> int:
+    """Return for how many epochs a model is polished where the recipe does not say: none if it is too large."""
+    return _POLISH_EPOCHS if linear_flops(config) // 2 <= _MOST_TO_POLISH else 0
 
 
 def _of_layers(bytes_of: tuple[int, int], layers: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planish.compiler.report.svg import AFTER, BEFORE, INK, LINES, MARK, drawing_style, inline_svg, new_figure
+from planish.compiler.report.words import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +73,7 @@ def _bars(name: str, title: str, values: Mapping[str, float], unit: str, styles:
     wide = max(values.values()) > _LINEAR * min(values.values()) > 0
     for place, (value, style) in enumerate(zip(values.values(), itertools.cycle(styles))):
         axes.barh(place, value, height=0.62, **style)
-        axes.annotate(_short(value), (value, place), (4, 0), textcoords="offset points", va="center", color=INK)
+        axes.annotate(short(value), (value, place), (4, 0), textcoords="offset points", va="center", color=INK)
     if wide:
         axes.set_xscale("log")
     axes.margins(x=0.16)
@@ -81,7 +82,7 @@ def _bars(name: str, title: str, values: Mapping[str, float], unit: str, styles:
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(f"{unit} (logarithmic)" if wide else unit)
-    said = "; ".join(f"{label}: {_short(value)} {unit}" for label, value in values.items())
+    said = "; ".join(f"{label}: {short(value)} {unit}" for label, value in values.items())
     return inline_svg(figure, name, title, f"Bars. {said}.")
 
 
@@ -265,8 +266,3 @@ def _layers_across(axes: "Axes") -> None:
     axes.set_xlabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(False, axis="x")
-
-
-def _short(value: float) -> str:
-    """Return three digits of a number, or all of those in front of the point."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -11,6 +11,7 @@ from planish.compiler.checkpoint.files import write_json, write_text
 from planish.compiler.report.facts import gather
 from planish.compiler.report.plots import draw_plots
 from planish.compiler.report.run_record import RunRecord
+from planish.compiler.report.words import size
 from planish.passes.transforms import SITES
 
 __all__ = ["render", "write_report"]
@@ -34,7 +35,7 @@ def render(facts: dict[str, Any]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("planish.compiler.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": _number, "size": _size, "spelled": _spelled}
+    environment.filters |= {"number": _number, "size": size, "spelled": _spelled}
     layers: dict[int, dict[str, Any]] = {}
     for each in facts["sites"]:
         layers.setdefault(each["layer"], {})[each["site"]] = each
@@ -49,13 +50,6 @@ def _number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _size(size: float) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if size >= unit:
-            return f"{size / unit:,.3g} {name}" if size < 1000 * unit else f"{size / unit:,.0f} {name}"
-    return f"{size / 1e3:,.1f} kB"
 
 
 def _spelled(value: Any) -> str:

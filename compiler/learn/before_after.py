@@ -28,7 +28,7 @@ class BeforeAfter:
     Attributes:
         evidence: by site, what `SiteStatistics.numbers` gives, with `_before` or `_after` behind the names;
             `error_unflattened`, the relative error with nothing flattened and all rounded to nearest; and of `key` and
-            `value`, `error`, that of the flattened heads.
+            `value`, `error`, that of the flattened heads, and `clip`.
         profiles: by site, `SiteStatistics.profile` before and after, float32 [2, 4, channels].
     """
 
@@ -70,7 +70,7 @@ def compare_block(
         site: {
             **{f"{name}_before": number for name, number in unflattened.statistics[site].numbers().items()},
             **{f"{name}_after": number for name, number in flattened.statistics[site].numbers().items()},
-            **unflattened.errors(site),
+            **unflattened.rounding(site),
         }
         for site in SITES
     }
@@ -120,14 +120,12 @@ class _Unflattened(WatchedFloat):
                 self._add(f"flattened {site}", mapped, heads)
         return super().heads(query, key, value)
 
-    def errors(self, site: Site) -> dict[str, float]:
-        """Return the relative errors at `site`; none where nothing is rounded."""
+    def rounding(self, site: Site) -> dict[str, float]:
+        """Return the relative errors at `site`, and of cached heads the clip; nothing where nothing is rounded."""
         names = {"error_unflattened": site, "error": f"flattened {site}"}
-        return {
-            error: self._lost[name] / max(self._norm[name], 1e-30)
-            for error, name in names.items()
-            if name in self._lost
-        }
+        kept = {error: name for error, name in names.items() if name in self._lost}
+        errors = {error: self._lost[name] / max(self._norm[name], 1e-30) for error, name in kept.items()}
+        return {"clip": self._clips.get(site, 1.0), **errors} if "error" in errors else errors
 
     def _add(self, name: str, made: Tensor, exact: Tensor, weights: Tensor | float = 1.0) -> None:
         lost, norm = ((weights * each.square()).sum() for each in (made - exact, exact))

@@ -118,6 +118,8 @@ def test_heads_behind_their_map_and_back() -> None:
         found = compare_block(block, *args).evidence
     assert found["key"]["error"] < 1e-3
     assert found["value"]["error"] < 1e-3
+    assert 0 < found["key"]["clip"] <= 1
+    assert "clip" not in found["attn_in"]
     # A grid of 3 bits loses thousands of times the energy that one of 8 does.
     assert compared("affine")[0].evidence["key"]["error"] > 100 * found["key"]["error"]
 

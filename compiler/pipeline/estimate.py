@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from math import prod
 
+from planish.compiler.calibrate.settings import SELF
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.checkpoint.tensors import expected_tensors
 from planish.compiler.learn.candidates import Form
@@ -20,14 +21,19 @@ from planish.passes.transforms import Kind, Site
 
 __all__ = ["Estimate", "Work", "estimate", "unasked_polish"]
 
-#: Bytes of the graph of a model, and of its plan and report: of any, and per decoder block.
-_PORTABLE_GRAPH, _ORT_GRAPH, _RECORDS = (20_000, 11_200), (10_000, 40_500), (150_000, 45_000)
+#: Bytes of a graph without its weights: of any, of a decoder block in floating point, and what blocks have more where
+#: activations are quantised, where the cache is, and where transforms run.
+_PORTABLE_GRAPH, _ORT_GRAPH = (12_000, 6_000, 2_000, 1_000, 2_600), (10_000, 6_000, 7_000, 20_000, 7_000)
+#: Bytes of plan and report, of any and per decoder block: rounded to nearest, and flattened.
+_ROUNDED_RECORDS, _FLAT_RECORDS = (39_000, 1_600), (315_000, 24_000)
 #: Channels that share a scale in MatMulNBits where a whole output channel has one.
 _BLOCK = 128
 #: How many times the bytes of its ONNX file an engine takes, with kernels for three generations of GPUs.
 _ENGINE = 1.1
 #: Work in passes of the calibration text through the linears, measured on SmolLM2 with 16 x 512 tokens.
-_PASSES_TO_MEASURE, _PASSES_TO_FLATTEN, _PASSES_TO_POLISH = 20.0, 14.5, 5.4
+_PASSES_TO_MEASURE, _PASSES_TO_FLATTEN, _PASSES_TO_POLISH, _PASSES_TO_WRITE = 20.0, 14.5, 5.4, 4.0
+#: Seconds of any compile, and per weight that is rounded, and that is flattened: likewise.
+_SECONDS, _SECONDS_ROUNDED, _SECONDS_FLAT = 10.0, 2.5e-7, 2e-7
 #: Epochs of polishing, and the most weights of linears for which it is done unasked: 4 GB of float32.
 _POLISH_EPOCHS, _MOST_TO_POLISH = 4, 10**9
 #: Bytes of the interpreter with what it imports.
@@ -43,6 +49,7 @@ class Work:
         nsamples: calibration sequences.
         seqlen: tokens in each.
         polish: epochs of polishing.
+        writes_text: whether the model writes its calibration text itself.
         targets: what is lowered to.
     """
 
@@ -50,6 +57,7 @@ class Work:
     nsamples: int
     seqlen: int
     polish: int
+    writes_text: bool
     targets: tuple[Target, ...]
 
     @classmethod
@@ -62,7 +70,14 @@ class Work:
         """
         calibration = recipe.calibration(config.max_context)
         polish = unasked_polish(config) if recipe.polish is None else recipe.polish
-        return cls(recipe.parsed_policy(), calibration.nsamples, calibration.seqlen, polish, recipe.targets)
+        return cls(
+            recipe.parsed_policy(),
+            calibration.nsamples,
+            calibration.seqlen,
+            polish,
+            calibration.dataset == SELF,
+            recipe.targets,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +91,7 @@ class Estimate:
         disk: bytes that the compile needs at its end, before the work folder is removed.
         memory: bytes that are resident at most, about.
         flops: floating-point operations of learning, about; 0 where nothing is learned.
+        weights: of the linears, each of which is read, rounded, written and verified besides.
     """
 
     sizes: dict[str, int]
@@ -83,6 +99,11 @@ class Estimate:
     disk: int
     memory: int
     flops: float
+    weights: int
+
+    def seconds(self, speed: float) -> float:
+        """Return about how long the compile takes on a machine of `speed` FLOPs per second."""
+        return self.flops / speed + _SECONDS + self.weights * (_SECONDS_ROUNDED + (_SECONDS_FLAT if self.flops else 0))
 
 
 def estimate(config: LlamaConfig, scheme: Scheme, work: Work) -> Estimate:
@@ -93,15 +114,17 @@ def estimate(config: LlamaConfig, scheme: Scheme, work: Work) -> Estimate:
     """
     layers = config.num_hidden_layers
     stored, online = _transform_entries(config, work.policy)
-    sizes = {"portable": _weights(config, scheme, _packed) + 4 * online + _of_layers(_PORTABLE_GRAPH, layers)}
+    flat = work.policy.name != "none"
+    sizes = {"portable": _weights(config, scheme, _packed) + 4 * online + _graph(_PORTABLE_GRAPH, layers, scheme, flat)}
     for target in work.targets:
         if target == "ort":
-            sizes[target] = _weights(config, scheme, _for_ort) + 4 * online + _of_layers(_ORT_GRAPH, layers)
+            sizes[target] = _weights(config, scheme, _for_ort) + 4 * online + _graph(_ORT_GRAPH, layers, scheme, flat)
         else:
             sizes[target] = int((1 + _ENGINE) * (_weights(config, scheme, _for_engines) + 2 * online))
     if stored:
         sizes["transforms"] = 4 * stored
-    sizes["records"] = _of_layers(_RECORDS, layers)
+    records, of_layer = _FLAT_RECORDS if flat else _ROUNDED_RECORDS
+    sizes["records"] = records + of_layer * layers
     bundle = sum(sizes.values())
     return Estimate(
         sizes,
@@ -109,6 +132,7 @@ def estimate(config: LlamaConfig, scheme: Scheme, work: Work) -> Estimate:
         bundle + _working(config, scheme, work, stored),
         _memory(config, work),
         _flops(config, work),
+        linear_flops(config) // 2,
     )
 
 
@@ -117,8 +141,11 @@ def unasked_polish(config: LlamaConfig) -> int:
     return _POLISH_EPOCHS if linear_flops(config) // 2 <= _MOST_TO_POLISH else 0
 
 
-def _of_layers(bytes_of: tuple[int, int], layers: int) -> int:
-    return bytes_of[0] + bytes_of[1] * layers
+def _graph(sizes: tuple[int, ...], layers: int, scheme: Scheme, flat: bool) -> int:
+    whole, block, *more = sizes
+    integers = not (scheme.linear.is_float or scheme.linear.weight_only)
+    has = (integers, scheme.quantizes_cache, flat)
+    return whole + layers * (block + sum(extra for extra, there in zip(more, has, strict=True) if there))
 
 
 def _weights(config: LlamaConfig, scheme: Scheme, stored: Callable[[LinearFormat, int, int], int]) -> int:
@@ -224,5 +251,6 @@ def _flops(config: LlamaConfig, work: Work) -> float:
     if work.policy.name == "none":
         return 0.0
     measures = work.policy.name in ("measured", "auto")
-    passes = _PASSES_TO_FLATTEN + _PASSES_TO_POLISH * work.polish + (_PASSES_TO_MEASURE if measures else 0)
+    passes = _PASSES_TO_FLATTEN + _PASSES_TO_POLISH * work.polish
+    passes += (_PASSES_TO_MEASURE if measures else 0) + (_PASSES_TO_WRITE if work.writes_text else 0)
     return passes * linear_flops(config) * float(work.nsamples * work.seqlen)

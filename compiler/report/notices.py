@@ -73,7 +73,7 @@ def _verification(facts: Mapping[str, Any]) -> Iterator[str]:
 def _engines(facts: Mapping[str, Any]) -> Iterator[str]:
     for target, engine in facts["engines"].items():
         for each in engine.get("fallbacks", []):
-            yield f"Engine {target}: {each['what']} is {each['instead']}, because {each['why'].rstrip('.')}."
+            yield f"Engine {target}: {each['what']}: {each['instead']}, because {each['why']}."
 
 
 def _sites(count: int) -> str:

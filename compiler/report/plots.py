@@ -182,7 +182,7 @@ def _errors(sites: Sequence[Mapping[str, Any]]) -> list[Plot]:
         before = [each["sqnr_unflattened_db"] for each in here]
         axes.bar(layers, [each["sqnr_db"] for each in here], width=0.78, label="flattened", **_AFTER)
         if None not in before:
-            axes.step(layers, before, where="mid", color=INK, linewidth=1.4, label="rounded to nearest, not flattened")
+            axes.step(layers, before, where="mid", color=INK, linewidth=1.4, label="not flattened")
             axes.plot(layers, before, linestyle="none", marker="_", color=INK, markersize=5)
         _layers_across(axes)
         axes.set_ylabel("SQNR, dB")

@@ -26,7 +26,7 @@ def show_bundle(facts: Mapping[str, Any], engines: Mapping[str, str], out: Outpu
         for sentence in verdict["sentences"]:
             out.line(sentence)
         out.line("")
-    sizes = ", ".join(f"{part} {size(size)}" for part, size in facts["sizes"].items())
+    sizes = ", ".join(f"{part} {size(count)}" for part, count in facts["sizes"].items())
     cache = "".join(f"; {size(each['bytes'])} at {each['tokens']:,} tokens" for each in facts["cache"])
     out.rows(
         {

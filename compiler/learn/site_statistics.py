@@ -15,8 +15,10 @@ from planish.passes.transforms import Site
 __all__ = ["PROFILE", "SiteStatistics", "WatchedFloat", "WatchedLowBit", "float_statistics"]
 
 #: What is kept per channel, over tokens, of |x| as a multiple of the token's RMS: the largest with the first token of
-#: every sequence and without it, and two quantiles.
+#: every sequence and without it, and two quantiles without it.
 PROFILE = ("max", "max_rest", "q99", "median")
+#: Tokens that the quantiles of a profile are of: a histogram per channel would take as much memory as a block.
+_SAMPLE = 256
 
 
 class SiteStatistics:
@@ -26,8 +28,8 @@ class SiteStatistics:
         """Expect `grids` vectors of `width` channels per token, each with a grid of its own."""
         self._magnitudes = [Magnitudes(width) for _ in range(grids)]
         self._entries = QuantileSketch(1)
-        self._relative = QuantileSketch(grids * width)
-        self._relative_rest = torch.zeros(grids * width)
+        self._largest, self._largest_rest = torch.zeros(grids * width), torch.zeros(grids * width)
+        self._sample = torch.zeros(0, grids * width)
 
     def update(self, x: Tensor) -> None:
         """Add activations [batch, seq, grids * width]; the first token of every sequence is one unlike the others.
@@ -43,9 +45,12 @@ class SiteStatistics:
             magnitudes.update(part, first=first)
         self._entries.update(rows.reshape(-1, 1))
         relative = torch.cat([part / part.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30) for part in parts], 1)
-        self._relative.update(relative)
+        relative.abs_()
+        self._largest = torch.maximum(self._largest, relative.amax(0))
         if length > 1:
-            self._relative_rest = torch.maximum(self._relative_rest, relative[~first].abs().amax(0))
+            rest = relative[~first]
+            self._largest_rest = torch.maximum(self._largest_rest, rest.amax(0))
+            self._sample = torch.cat([self._sample, rest[: _SAMPLE - len(self._sample)]])
 
     def numbers(self) -> dict[str, float]:
         """Return statistics of all entries, those that are defined.
@@ -68,12 +73,8 @@ class SiteStatistics:
 
     def profile(self) -> npt.NDArray[np.float32]:
         """Return `PROFILE` of every channel, float32 [4, channels]."""
-        rows = (
-            self._relative.max_abs,
-            self._relative_rest,
-            self._relative.quantile(0.99),
-            self._relative.quantile(0.5),
-        )
+        sample = self._sample if len(self._sample) else self._largest[None]
+        rows = (self._largest, self._largest_rest, sample.quantile(0.99, dim=0), sample.quantile(0.5, dim=0))
         return torch.stack(rows).numpy()
 
 

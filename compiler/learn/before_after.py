@@ -89,12 +89,8 @@ class _Unflattened(WatchedFloat):
         super().__init__(block)
         self._scheme, self._clips = scheme, clips
         self._maps = {site: factors[site].right if site in factors else None for site in ("key", "value")}
-        self._weights = {
-            site: torch.cat([block.weight(module) for module in modules]) for site, modules in SITE_MODULES.items()
-        }
-        self._rounded = {
-            site: dequantize_weight(quantize_weight(weight, scheme.linear)) for site, weight in self._weights.items()
-        }
+        # Codes, and no floats: those of all sites would be a second block in memory.
+        self._codes = {site: quantize_weight(self._weight(site), scheme.linear) for site in SITE_MODULES}
         self._token_weights = torch.ones(0)
         self._lost: dict[str, float] = {}
         self._norm: dict[str, float] = {}
@@ -104,10 +100,11 @@ class _Unflattened(WatchedFloat):
         self._token_weights = residual_weights(output)
 
     def site(self, site: Site, x: Tensor) -> Tensor:
-        weight, rows = self._weights[site], x.flatten(0, -2)
+        rows = x.flatten(0, -2)
         rounded = round_activation(rows, self._scheme.linear.activation_bits)
         weights = self._token_weights if site in RESIDUAL_SITES else torch.ones(len(rows), device=rows.device)
-        self._add(site, rounded @ self._rounded[site].T, rows @ weight.T, weights[:, None])
+        made = rounded @ dequantize_weight(self._codes[site]).T
+        self._add(site, made, rows @ self._weight(site).T, weights[:, None])
         return super().site(site, x)
 
     def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,6 +123,10 @@ class _Unflattened(WatchedFloat):
         kept = {error: name for error, name in names.items() if name in self._lost}
         errors = {error: self._lost[name] / max(self._norm[name], 1e-30) for error, name in kept.items()}
         return {"clip": self._clips.get(site, 1.0), **errors} if "error" in errors else errors
+
+    def _weight(self, site: Site) -> Tensor:
+        """Return the linears of a site, stacked."""
+        return torch.cat([self._block.weight(module) for module in SITE_MODULES[site]])
 
     def _add(self, name: str, made: Tensor, exact: Tensor, weights: Tensor | float = 1.0) -> None:
         lost, norm = ((weights * each.square()).sum() for each in (made - exact, exact))

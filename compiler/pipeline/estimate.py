@@ -25,7 +25,7 @@ __all__ = ["Estimate", "Work", "estimate", "unasked_polish"]
 #: activations are quantised, where the cache is, and where transforms run.
 _PORTABLE_GRAPH, _ORT_GRAPH = (12_000, 6_000, 2_000, 1_000, 2_600), (10_000, 6_000, 7_000, 20_000, 7_000)
 #: Bytes of plan and report, of any and per decoder block: rounded to nearest, and flattened.
-_ROUNDED_RECORDS, _FLAT_RECORDS = (39_000, 1_600), (315_000, 24_000)
+_ROUNDED_RECORDS, _FLAT_RECORDS = (34_000, 4_600), (315_000, 24_000)
 #: Channels that share a scale in MatMulNBits where a whole output channel has one.
 _BLOCK = 128
 #: How many times the bytes of its ONNX file an engine takes, with kernels for three generations of GPUs.
@@ -37,7 +37,7 @@ _SECONDS, _SECONDS_ROUNDED, _SECONDS_FLAT = 10.0, 2.5e-7, 2e-7
 #: Epochs of polishing, and the most weights of linears for which it is done unasked: 4 GB of float32.
 _POLISH_EPOCHS, _MOST_TO_POLISH = 4, 10**9
 #: Bytes of the interpreter with what it imports.
-_BASE = 450_000_000
+_BASE = 600_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def estimate(config: LlamaConfig, scheme: Scheme, work: Work) -> Estimate:
         sizes,
         bundle,
         bundle + _working(config, scheme, work, stored),
-        _memory(config, work),
+        _memory(config, work, stored),
         _flops(config, work),
         linear_flops(config) // 2,
     )
@@ -232,19 +232,20 @@ def _working(config: LlamaConfig, scheme: Scheme, work: Work, stored: int) -> in
     return streams + (2 * codes + 4 * 5 * stored if work.polish else codes + 4 * stored)
 
 
-def _memory(config: LlamaConfig, work: Work) -> int:
-    """Return about the most bytes that are resident."""
-    logits = 4 * work.seqlen * config.vocab_size
-    table = 4 * config.vocab_size * config.hidden_size
+def _memory(config: LlamaConfig, work: Work, stored: int) -> int:
+    """Return about the most bytes that are resident: in the stage that takes most, as measured on SmolLM2."""
+    table, logits = 4 * config.vocab_size * config.hidden_size, 4 * work.seqlen * config.vocab_size
+    # The weight of lm_head and its rounding error, in float64 too.
+    planned = 7 * table
     if work.policy.name == "none":
-        return _BASE + table + 3 * logits
-    linears = linear_flops(config) // 2
+        return _BASE + planned
+    linears, widest = linear_flops(config) // 2, max(config.hidden_size, config.intermediate_size)
     # A block as it was, folded, and rounded, one of them in float64 meanwhile; moments and Hessians of its widest site.
-    widest = max(config.hidden_size, config.intermediate_size)
     block = 4 * 5 * linears // config.num_hidden_layers + 8 * 5 * widest * widest
-    # The model folded and rounded, and what the gradient passes through.
-    polished = 4 * 2 * linears + 2 * table if work.polish else 0
-    return _BASE + max(block, polished, table) + 3 * logits
+    compared = 2 * table + 8 * logits
+    # The model folded and rounded, what learns with its two moments and its best, and the logits of a gradient.
+    polished = 14 * linears + 2 * table + 6 * logits + 4 * 4 * stored if work.polish else 0
+    return _BASE + max(block, compared, polished, planned)
 
 
 def _flops(config: LlamaConfig, work: Work) -> float:

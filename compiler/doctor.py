@@ -1,4 +1,4 @@
-"""Say what this machine has: versions, the processor's integer instructions, GPU, disk, and missing extras."""
+"""Say what this machine has: versions, the processor's integer instructions, GPU, native parts, and missing extras."""
 
 import platform
 import shutil
@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from planish.compiler.doctor_plugins import kernels_library, kernels_state, packer_state
 from planish.compiler.optional import EXTRA_OF
 from planish.compiler.runtime.processor import PRODUCTS_WITHOUT_SATURATION, cpu_flags
 
@@ -24,6 +25,7 @@ _PACKAGES = (
     "numpy",
     "torch",
     "tokenizers",
+    "matplotlib",
     "tensorrt-rtx-cu13",
     "tensorrt",
 )
@@ -39,6 +41,7 @@ def diagnose(folder: Path = Path()) -> dict[str, Any]:
     """
     flags = [flag for flag in _FLAGS if flag in cpu_flags()]
     missing = _missing_extras()
+    parts = {"packer": packer_state(), "kernels": kernels_state(kernels_library())}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -46,9 +49,10 @@ def diagnose(folder: Path = Path()) -> dict[str, Any]:
         "cpu": {"cores": psutil.cpu_count(logical=False), "threads": psutil.cpu_count(), "flags": flags},
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpus": _gpus(),
+        "plugins": {name: state for name, (state, _) in parts.items()},
         "disk_free_gb": round(shutil.disk_usage(folder).free / 1e9, 1),
         "missing_extras": missing,
-        "advice": _advice(flags, missing),
+        "advice": _advice(flags, missing) + [todo for _, todo in parts.values() if todo is not None],
     }
 
 
@@ -60,12 +64,15 @@ def _version(distribution: str) -> str | None:
 
 
 def _gpus() -> list[str]:
-    """Return the GPUs that nvidia-smi lists; none without it."""
+    """Return the GPUs that nvidia-smi lists, with the generation and the driver of each; none without it."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
-    return done.stdout.splitlines() if done.returncode == 0 else []
+    if done.returncode != 0:
+        return []
+    rows = (line.split(", ") for line in done.stdout.splitlines())
+    return [f"{name}, SM {sm.replace('.', '')}, driver {driver}" for name, sm, driver in rows]
 
 
 def _missing_extras() -> dict[str, list[str]]:

@@ -7,7 +7,9 @@ __all__ = [
     "MODEL_FILE",
     "PLAN_FILE",
     "RECIPE_FILE",
+    "REPORT_FILE",
     "REPORT_FOLDER",
+    "REPORT_PAGE",
     "engine_folder",
 ]
 
@@ -15,6 +17,8 @@ MANIFEST_FILE = "planish.json"
 RECIPE_FILE = "recipe.yaml"
 PLAN_FILE = "plan.json"
 REPORT_FOLDER = "report"
+REPORT_FILE = f"{REPORT_FOLDER}/report.json"
+REPORT_PAGE = f"{REPORT_FOLDER}/report.html"
 
 #: The portable model at the top, and the lowered one in the folder of a target; weights are in MODEL_FILE + ".data".
 MODEL_FILE = "model.onnx"

@@ -1,7 +1,7 @@
-"""What is kept of activations that are seen once, some tokens at a time: quantiles per channel, and moments.
+"""What is kept of activations that are seen once, some tokens at a time: quantiles per channel, and magnitudes.
 
-Both grow by `update` with float tensors [tokens, width], and by `merge` with what another pass over other tokens kept.
-Neither depends on how the tokens were split, but for the rounding of float64 sums.
+Both grow by `update` with float tensors [tokens, width], and depend on how the tokens were split in nothing but the
+rounding of float64 sums.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 from planish.compiler.calibrate.power_sums import PowerSums
 from planish.compiler.errors import CalibrationError
 
-__all__ = ["Moments", "QuantileSketch"]
+__all__ = ["Magnitudes", "QuantileSketch"]
 
 #: Bins of a sketch: the first for what is below 1e-8, the others 256 per factor of 10 from there on.
 _BINS, _PER_DECADE, _LOWEST = 4096, 256, -8
@@ -72,17 +72,6 @@ class QuantileSketch:
         low, high = self._ranked(math.floor(rank)), self._ranked(math.ceil(rank))
         return torch.lerp(low, high, rank - math.floor(rank))
 
-    def merge(self, other: "QuantileSketch") -> None:
-        """Take in what `other` counted, which is left as it is.
-
-        Raises:
-            ValueError: if its width differs.
-        """
-        _check_widths(self.width, other.width)
-        self.tokens += other.tokens
-        self.max_abs = torch.maximum(self.max_abs, other.max_abs)
-        self._counts += other._counts
-
     def _ranked(self, rank: int) -> Tensor:
         """Return the value of each channel that `rank` others are below, float32 [width]."""
         if rank == self.tokens - 1:
@@ -94,14 +83,12 @@ class QuantileSketch:
         return torch.minimum(torch.where(bins == 0, 0.0, middle).float(), self.max_abs)
 
 
-class Moments:
-    """Sums over tokens that the closed-form transforms need, in float64.
+class Magnitudes:
+    """How large activations are: per channel, per token, and how heavy the tails of all entries are.
 
     Attributes:
         width: how many channels, n.
         tokens: how many tokens were seen.
-        weight: the sum of their weights.
-        second: sum of weight * x^T x, float64 [n, n]; divided by `weight` it is E[x^T x].
         max_abs: the largest |x| of each channel, float32 [n]; 0 before any token.
         max_abs_rest: the same without the first token of each sequence, whose activations are unlike all others.
     """
@@ -109,29 +96,24 @@ class Moments:
     def __init__(self, width: int) -> None:
         self.width = width
         self.tokens = 0
-        self.weight = 0.0
-        self.second = torch.zeros(width, width, dtype=torch.float64)
         self.max_abs, self.max_abs_rest = torch.zeros(width), torch.zeros(width)
+        self._crests, self._loud = 0.0, 0
         self._entries = PowerSums()
 
-    def update(self, x: Tensor, *, weights: Tensor | None = None, first: Tensor | None = None) -> None:
+    def update(self, x: Tensor, *, first: Tensor | None = None) -> None:
         """Add the tokens `x`.
 
         Args:
             x: float [tokens, width].
-            weights: float [tokens], what each token counts in `second`; None is 1 each. Nothing else is weighted.
             first: bool [tokens], True at the first token of a sequence; None means that none is one.
 
         Raises:
             CalibrationError: if a value of `x` is NaN or infinite.
-            ValueError: if a shape is wrong, or a weight is negative or not finite.
+            ValueError: if a shape is wrong.
         """
-        weights = torch.ones(len(x), dtype=torch.float64) if weights is None else weights.double()
         first = torch.zeros(len(x), dtype=torch.bool) if first is None else first
-        if weights.shape != x.shape[:1] or first.shape != x.shape[:1]:
-            raise ValueError(f"weights {tuple(weights.shape)} and first {tuple(first.shape)} for {len(x)} tokens")
-        if not (weights.isfinite() & (weights >= 0)).all():
-            raise ValueError("weights must be finite and not negative")
+        if first.shape != x.shape[:1]:
+            raise ValueError(f"first {tuple(first.shape)} for {len(x)} tokens")
         start = 0
         for part in _parts(x, self.width):
             here = slice(start, start + len(part))
@@ -140,24 +122,27 @@ class Moments:
             self.max_abs = torch.maximum(self.max_abs, _largest(magnitude))
             self.max_abs_rest = torch.maximum(self.max_abs_rest, _largest(magnitude[~first[here]]))
             exact = part.double()
-            self.second.addmm_((exact * weights[here, None]).T, exact)
-            self.weight += float(weights[here].sum())
+            rms = exact.square().mean(1).sqrt()
+            loud = rms > 0
+            self._crests += float((magnitude.amax(1)[loud] / rms[loud]).sum())
+            self._loud += int(loud.sum())
             self._entries = self._entries.joined(PowerSums.of(exact))
             self.tokens += len(part)
 
-    def merge(self, other: "Moments") -> None:
-        """Take in what `other` summed, which is left as it is.
+    @property
+    def crest(self) -> float:
+        """Mean over tokens of max|x| / rms(x): how many times its RMS the grid of a token has to span.
 
-        Raises:
-            ValueError: if its width differs.
+        Tokens of zeros do not count; NaN where there are no others. It is 1 for entries of equal magnitude, and about
+        sqrt(2 ln n) for normal ones.
         """
-        _check_widths(self.width, other.width)
-        self.tokens += other.tokens
-        self.weight += other.weight
-        self.second += other.second
-        self.max_abs = torch.maximum(self.max_abs, other.max_abs)
-        self.max_abs_rest = torch.maximum(self.max_abs_rest, other.max_abs_rest)
-        self._entries = self._entries.joined(other._entries)
+        return self._crests / self._loud if self._loud else math.nan
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of all entries; NaN where there are none."""
+        entries = self._entries
+        return math.sqrt(entries.second / entries.count + entries.mean**2) if entries.count else math.nan
 
     @property
     def excess_kurtosis(self) -> float:
@@ -185,8 +170,3 @@ def _largest(magnitude: Tensor) -> Tensor:
             "The model overflows on this text; check its weights, or calibrate on another text."
         )
     return largest
-
-
-def _check_widths(one: int, other: int) -> None:
-    if one != other:
-        raise ValueError(f"statistics of {one} and {other} channels cannot be merged")

@@ -35,6 +35,10 @@ class Output:
         """Print a line for people."""
         self._console.print(text)
 
+    def show(self, table: Table) -> None:
+        """Print a table for people, as wide as the terminal."""
+        self._console.print(table, soft_wrap=False)
+
     def rows(self, rows: dict[str, Any]) -> None:
         """Print names and values in two columns for people."""
         width = max(map(len, rows))

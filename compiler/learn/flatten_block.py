@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from planish.compiler.learn.before_after import BeforeAfter, compare_block
 from planish.compiler.learn.block import SITE_MODULES, Angles, Block
 from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.clips import kv_clips
@@ -34,6 +35,7 @@ class Flattened:
         codes: by module within the block, or segment of it as `Segment.of` calls it.
         hooks: run the block as it is now.
         evidence: by site, what was measured.
+        compared: activations and errors of the block as it was and as it is.
         refinement: what refining the transforms did, if it was asked for; see `Refined.evidence`.
     """
 
@@ -43,6 +45,7 @@ class Flattened:
     codes: dict[str, QuantizedWeight]
     hooks: LowBitHooks
     evidence: dict[Site, dict[str, float]]
+    compared: BeforeAfter
     refinement: dict[str, Any] | None = None
 
 
@@ -104,6 +107,6 @@ def flatten_block(
             for segment, part in zip(segments(scheme.at(site), done.high), select_rows(done.parts, rows), strict=True):
                 codes[segment.of(module)] = part
     evidence["ffn_out"] |= scales
-    return Flattened(
-        factors, hooks.clips, hooks.high, codes, hooks, evidence, None if refined is None else refined.evidence
-    )
+    compared = compare_block(block, hooks, factors, streams, outputs, angles, scheme)
+    learned = None if refined is None else refined.evidence
+    return Flattened(factors, hooks.clips, hooks.high, codes, hooks, evidence, compared, learned)

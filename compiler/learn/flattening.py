@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
@@ -36,10 +38,11 @@ __all__ = [
     "held_out_sequences",
     "naming_block",
     "read_evidence",
+    "read_profile",
     "run_finite",
 ]
 
-_EVIDENCE = "evidence.json"
+_EVIDENCE, _PROFILES = "evidence.json", "profiles.safetensors"
 _FEWEST = 4
 
 
@@ -185,6 +188,13 @@ def read_evidence(folder: Path, layers: int) -> list[dict[str, Any]]:
     return [json.loads((folder / f"layer-{i}" / _EVIDENCE).read_text(encoding="utf-8")) for i in range(layers)]
 
 
+def read_profile(folder: Path, layer: int, site: Site) -> npt.NDArray[np.float32]:
+    """Return the channels of a site before and after flattening, float32 [2, 4, channels]; see `BeforeAfter`."""
+    with safe_open(folder / f"layer-{layer}" / _PROFILES, framework="numpy") as file:
+        profile: npt.NDArray[np.float32] = file.get_tensor(site)
+    return profile
+
+
 def _keep(folder: Path, layer: int, block: Block, flattened: Flattened, codes: CodesOnDisk) -> None:
     part = f"model.layers.{layer}"
     codes.keep(part, {f"{part}.{module}": each for module, each in flattened.codes.items()})
@@ -192,5 +202,7 @@ def _keep(folder: Path, layer: int, block: Block, flattened: Flattened, codes: C
     widths = site_widths(block.config)
     stored = {site: flattened.factors[site].stored(widths[site]) for site in SITES}
     save_transforms(Transforms((LayerTransforms(**stored, clips=flattened.clips, high=flattened.high),)), folder)
+    save_file({str(site): each for site, each in flattened.compared.profiles.items()}, folder / _PROFILES)
     refinement = {} if flattened.refinement is None else {"refinement": flattened.refinement}
-    write_json(folder / _EVIDENCE, flattened.evidence | refinement)
+    sites = {site: {**flattened.evidence.get(site, {}), **flattened.compared.evidence[site]} for site in SITES}
+    write_json(folder / _EVIDENCE, sites | refinement)

@@ -66,6 +66,20 @@ class Head:
         lost = [float(self.divergence(*(x.to(device) for x in pair))) for pair in zip(found, expected, strict=True)]
         return sum(lost) / len(lost)
 
+    @torch.no_grad()
+    def mean_cross_entropy(self, found: Tensor, token_ids: npt.NDArray[np.int64]) -> float:
+        """Return -log p(token) in nats, the mean over all tokens but the first of each sequence, one by one.
+
+        Args:
+            found: what the last block puts out, [sequences, seq, hidden].
+            token_ids: int64 [sequences, seq].
+        """
+        lost = []
+        for x, ids in zip(found, torch.from_numpy(token_ids).to(self.gain.device), strict=True):
+            made = self.log_probabilities(x[:-1].to(self.gain.device))
+            lost.append(float(torch.nn.functional.nll_loss(made, ids[1:])))
+        return sum(lost) / len(lost)
+
 
 @torch.no_grad()
 def rounded_to_nearest_outputs(

@@ -52,11 +52,13 @@ class Polished:
         row_scales: by module, or segment of it as `Segment.of` calls it, what multiplies the scales of its weight rows,
             float32 [out].
         divergence: mean KL divergence per held-out token, in nats: before, and after every epoch.
+        cross_entropy: of the model as it is kept, on held-out tokens, in nats.
     """
 
     transforms: Transforms
     row_scales: dict[str, Tensor]
     divergence: list[float]
+    cross_entropy: float
 
 
 def polish(
@@ -131,7 +133,9 @@ def polish(
             torch.save(made | {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, unfinished)
             unfinished.rename(state)
     model.load(best)
-    return Polished(model.transforms(), model.row_scales(), divergence)
+    with fast_products():
+        cross_entropy = model.cross_entropy(token_ids[fitted:])
+    return Polished(model.transforms(), model.row_scales(), divergence, cross_entropy)
 
 
 class _Model:
@@ -191,6 +195,10 @@ class _Model:
 
     def loss(self, ids: Tensor, final: Tensor) -> Tensor:
         """Return the mean KL divergence per token, in nats, for sequences [batch, seq]."""
+        return self._head.divergence(self._outputs(ids), final)
+
+    def _outputs(self, ids: Tensor) -> Tensor:
+        """Return what the last block puts out for sequences [batch, seq]."""
         x, angles = self._embeddings[ids], Angles.of(self._config, ids.shape[1], ids.device)
         for layer in self._layers:
             # Activations are computed again for the gradient: memory holds those of one block.
@@ -198,13 +206,20 @@ class _Model:
                 x = recompute(run_block, self._config, layer, x, angles, use_reentrant=False)
             else:
                 x = run_block(self._config, layer, x, angles)
-        return self._head.divergence(x, final)
+        return x
 
     @torch.no_grad()
     def divergence(self, ids: Tensor, final: Tensor) -> float:
         """Return the mean KL divergence per token, in nats, of sequences taken one by one."""
         losses = [float(self.loss(ids[i : i + 1], final[i : i + 1])) for i in range(len(ids))]
         return sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def cross_entropy(self, token_ids: npt.NDArray[np.int64]) -> float:
+        """Return the cross entropy of tokens, int64 [sequences, seq], in nats; see `Head.mean_cross_entropy`."""
+        ids = torch.from_numpy(token_ids).to(self._embeddings.device)
+        outputs = torch.cat([self._outputs(ids[i : i + 1]) for i in range(len(ids))])
+        return self._head.mean_cross_entropy(outputs, token_ids)
 
     def row_scales(self) -> dict[str, Tensor]:
         """Return by module, or segment of it, what multiplies the scales of its rows."""

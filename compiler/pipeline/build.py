@@ -8,12 +8,13 @@ from pathlib import Path
 
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.bundle.layout import MODEL_FILE, RECIPE_FILE, REPORT_FOLDER, engine_folder
-from planish.compiler.checkpoint.files import read_json, write_json
 from planish.compiler.errors import OutputFolderError, RecipeError
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.pipeline.targets import check_targets, lower
 from planish.compiler.pipeline.work_folder import clear_errors
 from planish.compiler.progress import Progress, Silent
+from planish.compiler.report.run_record import RunRecord
+from planish.compiler.report.write import write_report
 
 __all__ = ["build_target"]
 
@@ -81,8 +82,9 @@ def build_target(
         made.rename(folder)
         targets = (*others, target)
         recipe.model_copy(update={"targets": targets}).write(path / RECIPE_FILE)
-        _report_engine(path, target)
-        dataclasses.replace(opened.manifest, targets=targets).write(path)
+        manifest = dataclasses.replace(opened.manifest, targets=targets)
+        write_report(Bundle(path, manifest), RunRecord.read(opened))
+        manifest.write(path)
     return Bundle.open(path, verify=False)
 
 
@@ -108,10 +110,3 @@ def _list(bundle: Bundle, targets: tuple[str, ...], without: Path) -> None:
     changing = (without.relative_to(bundle.path).as_posix() + "/", RECIPE_FILE, REPORT_FOLDER + "/")
     files = {name: record for name, record in bundle.manifest.files.items() if not name.startswith(changing)}
     dataclasses.replace(bundle.manifest, targets=targets, files=files).write_records(bundle.path)
-
-
-def _report_engine(path: Path, target: str) -> None:
-    report, engine = path / REPORT_FOLDER / "report.json", engine_folder(path, target) / "engine.json"
-    if report.is_file() and engine.is_file():
-        content = read_json(report)
-        write_json(report, {**content, "engines": {**content.get("engines", {}), target: read_json(engine)}})

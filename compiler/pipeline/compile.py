@@ -1,8 +1,6 @@
 """Compile a checkpoint to a bundle: the stages, in order, each resumed where a killed run left it."""
 
 import dataclasses
-import math
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -20,15 +18,18 @@ from planish.compiler.export.float_model import save_model
 from planish.compiler.export.portable import portable_model
 from planish.compiler.learn.device import clear_memory_errors, open_device
 from planish.compiler.learn.rotated import RotatedCheckpoint
+from planish.compiler.pipeline.estimate import Work, estimate, unasked_polish
 from planish.compiler.pipeline.flatten import Flattening, check_calibration, flatten
 from planish.compiler.pipeline.high_impact import HighChannels, high_channels, high_impact_fingerprint, untransformed
 from planish.compiler.pipeline.plan import make_plan
 from planish.compiler.pipeline.recipe import Recipe
-from planish.compiler.pipeline.report import write_report
+from planish.compiler.pipeline.stages import StageClock
 from planish.compiler.pipeline.targets import check_targets, lower
 from planish.compiler.pipeline.work_folder import WorkFolder, check_output, check_space, clear_errors, code_fingerprint
 from planish.compiler.progress import Progress, Silent
 from planish.compiler.quantize.codes import CodesOnDisk, quantize_checkpoint
+from planish.compiler.report.run_record import LoudSite, RunRecord, versions
+from planish.compiler.report.write import write_report
 from planish.compiler.runtime.tokenizer import Tokenizer
 from planish.compiler.select.choose_forms import forms_of_plan
 from planish.compiler.select.overrides import override_scheme, resolve_overrides
@@ -49,8 +50,6 @@ _SAMPLE = (
     "raised and hollow from earlier work, becomes even: 3 passes, perhaps 40 minutes, and no mark left to see."
 )
 _SAMPLE_TOKENS = 48
-#: Epochs of polishing, and the most weights of linears for which it is done unasked: 4 GB of float32.
-_POLISH_EPOCHS, _MOST_TO_POLISH = 4, 10**9
 
 
 def compile_model(
@@ -188,8 +187,9 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
     if high.given:
         settings["high_impact"] = high_impact_fingerprint(high.given)
     with WorkFolder.hold(out, settings, progress) as work, clear_errors(out):
-        check_space(work.path, _bytes_needed(checkpoint, scheme, recipe))
-        _Compile(checkpoint, scheme, recipe, calibration, high, work, progress).run()
+        check_space(work.path, estimate(checkpoint.config, scheme, Work.of(recipe, checkpoint.config)).disk)
+        clock = StageClock(progress, work.noted(), work.note)
+        _Compile(checkpoint, scheme, recipe, calibration, high, work, clock).run()
         work.publish()
     return Bundle.open(out, verify=False)
 
@@ -204,10 +204,11 @@ class _Compile:
     calibration: CalibrationSettings
     high: HighChannels
     work: WorkFolder
-    progress: Progress
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    progress: StageClock
     drifts: tuple[PassDrift, ...] = ()
-    fallback: str | None = None
+    loud: tuple[LoudSite, ...] = ()
+    #: Why nothing was flattened after all, and what was measured of it.
+    fallback: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self) -> None:
         """Run the stages."""
@@ -218,7 +219,8 @@ class _Compile:
         codes = CodesOnDisk(self.work.codes, self.checkpoint, self.scheme, untouched.high)
         transforms = untouched if self.high.given else None
         model, left_float = portable_model(self.checkpoint, self.scheme, codes, transforms)
-        flattening = self._timed("flatten", self._flatten)
+        self.progress.note("open")
+        flattening = self._flatten()
         base = checkpoint = self.checkpoint
         rounded = self.checkpoint, codes
         if flattening is not None:
@@ -245,12 +247,13 @@ class _Compile:
             plan["transforms"] = flattening.plan
         if transforms is not None:
             save_transforms(transforms, bundle)
-        if self.fallback is not None:
-            plan["fallback"] = self.fallback
+        plan |= self.fallback
         write_json(bundle / PLAN_FILE, plan)
         self._repeatable_recipe().write(bundle / RECIPE_FILE)
         manifest = self._manifest()
-        write_report(Bundle(bundle, manifest), plan, verification, self.drifts, self.seconds)
+        drifts = {each.name: each.drift for each in self.drifts}
+        run = RunRecord(dataclasses.asdict(verification), drifts, self.progress.stages, list(self.loud), versions())
+        write_report(Bundle(bundle, manifest), run)
         manifest.write(bundle)
 
     def _flatten(self) -> Flattening | None:
@@ -279,24 +282,25 @@ class _Compile:
             self.progress.say(f"flattening does not pay: {flattening.lost_to_nearest}")
             # Without transforms there are none of the channels that the bits were asked for.
             if self.recipe.leaves_policy_open and not self.high.any:
-                self.fallback = f"nothing is flattened: {flattening.lost_to_nearest}"
+                measured = {name: value for name, value in flattening.plan.items() if name.startswith("held_out_")}
+                self.fallback = {"fallback": f"nothing is flattened: {flattening.lost_to_nearest}", **measured}
                 flattening.codes.drop()
                 return None
         if self.recipe.verify_passes:
             self.progress.say("verifying the passes that flatten")
             self.drifts = verify_flattening(self.checkpoint, flattening.transforms)
+            self.progress.note("verify passes")
+        self.loud = flattening.loud
         return flattening
 
     def _polish_epochs(self) -> int:
         """Return how long to polish; None in the recipe is as long as it pays, if the model fits into memory."""
         if self.recipe.polish is not None:
             return self.recipe.polish
-        names = (name for name in self.checkpoint.names() if name.endswith("_proj.weight"))
-        weights = sum(math.prod(self.checkpoint.shape(name)) for name in names)
-        if weights > _MOST_TO_POLISH:
+        epochs = unasked_polish(self.checkpoint.config)
+        if not epochs:
             self.progress.say("not polished: the model is held in float32 for that; ask for it with --polish 4")
-            return 0
-        return _POLISH_EPOCHS
+        return epochs
 
     def _quantize(self, base: Checkpoint, high: HighImpactOf) -> CodesOnDisk:
         def step(_: str, done: int, total: int) -> None:
@@ -317,9 +321,8 @@ class _Compile:
         self.work.finish(name, folder)
 
     def _timed(self, name: str, make: Callable[[], _T]) -> _T:
-        started = time.perf_counter()
         made = make()
-        self.seconds[name] = round(time.perf_counter() - started, 2)
+        self.progress.note(name)
         return made
 
     def _steps(self, stage: str) -> Callable[[int, int], None]:
@@ -344,15 +347,3 @@ class _Compile:
             targets=self.recipe.targets,
             max_context=self._max_context(),
         )
-
-
-def _bytes_needed(checkpoint: Checkpoint, scheme: Scheme, recipe: Recipe) -> int:
-    """Return about how many bytes the work folder takes: codes, portable model, and targets in mostly 8 bits."""
-    config = checkpoint.config
-    total = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-    embedding = config.vocab_size * config.hidden_size
-    linears = total - embedding
-    if scheme.linear.is_float:
-        return 4 * (total + embedding) * (1 + len(recipe.targets))
-    packed = int(linears * scheme.linear.average_bits(config.hidden_size) / 8) + embedding
-    return 2 * packed + 2 * embedding + len(recipe.targets) * (linears + 3 * embedding)

@@ -26,8 +26,10 @@ from planish.compiler.learn.site_fit import Steps
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.transformed import TransformedCheckpoint
 from planish.compiler.pipeline.high_impact import FittedChannels, HighChannels, fit_channels
+from planish.compiler.pipeline.loud_sites import loudest_sites
 from planish.compiler.progress import Progress
 from planish.compiler.quantize.codes import CodesOnDisk
+from planish.compiler.report.run_record import LoudSite
 from planish.compiler.select.choose_forms import choose_forms
 from planish.compiler.select.forms import online_flops
 from planish.compiler.select.policy import SelectionPolicy
@@ -38,8 +40,8 @@ from planish.passes.transforms import SITES, Site, Transforms
 
 __all__ = ["Flattening", "calibration_on_disk", "check_calibration", "flatten"]
 
-_TOKENS, _CODES, _DIVERGENCE = "calibration.npy", "codes", "divergence.json"
-_NEAREST = "rounded to nearest"
+_TOKENS, _CODES, _HELD_OUT = "calibration.npy", "codes", "held_out.json"
+_FLOAT, _NEAREST = "float", "rounded to nearest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Flattening:
             scales of codes afterwards.
         lost_to_nearest: in words, if on the held-out sequences the model comes out further from the float one than
             with nothing flattened and all weights rounded to nearest; else None.
+        loud: the sites of the loudest outliers, channel by channel.
     """
 
     base: Checkpoint
@@ -65,6 +68,7 @@ class Flattening:
     codes: CodesOnDisk
     rounded: tuple[Checkpoint, CodesOnDisk]
     lost_to_nearest: str | None
+    loud: tuple[LoudSite, ...]
 
 
 def check_calibration(settings: CalibrationSettings) -> None:
@@ -146,7 +150,8 @@ def flatten(
     if fitted is not None and fitted.chosen:
         entry["high_impact"] = fitted.chosen
     before = TransformedCheckpoint(checkpoint, transforms), rounded
-    divergence = _divergence(checkpoint, scheme, tokens, folder, device)
+    divergence, cross_entropy = _held_out(checkpoint, scheme, tokens, folder, device)
+    progress.step("compare", 1, 1)
     if polish_epochs:
         transforms, entry["polish"] = _polish(
             checkpoint,
@@ -162,11 +167,13 @@ def flatten(
             device,
         )
         divergence["flattened and polished"] = min(entry["polish"]["held_out_divergence"])
-    entry["held_out_divergence"] = divergence
+        cross_entropy["flattened and polished"] = entry["polish"].pop("held_out_cross_entropy")
+    entry["held_out_divergence"], entry["held_out_cross_entropy"] = divergence, cross_entropy
     made = TransformedCheckpoint(checkpoint, transforms)
     if isinstance(checkpoint, RotatedCheckpoint):
         transforms = dataclasses.replace(transforms, residual=checkpoint.rotation)
-    return Flattening(checkpoint, made, transforms, entry, codes, before, _loss_to_nearest(divergence))
+    lost, loud = _loss_to_nearest(divergence), loudest_sites(measured, folder)
+    return Flattening(checkpoint, made, transforms, entry, codes, before, lost, loud)
 
 
 def _high_choice(transforms: Transforms, layer: int, site: Site) -> HighChoice | None:
@@ -174,25 +181,32 @@ def _high_choice(transforms: Transforms, layer: int, site: Site) -> HighChoice |
     return None if high is None else HighChoice.model_validate({"bits": high.bits, "count": high.count})
 
 
-def _divergence(
+def _held_out(
     checkpoint: Checkpoint, scheme: Scheme, tokens: Any, folder: Path, device: torch.device
-) -> dict[str, float]:
-    """Return KL(float || low-bit) per held-out token, nats, of the flattened model and of one rounded to nearest.
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return KL(float || low-bit) per held-out token, and the cross entropy of the tokens, both in nats.
 
-    It is measured once and kept in `folder`.
+    They are of the flattened model and of one rounded to nearest, the cross entropy of the float model as well. They
+    are measured once and kept in `folder`.
     """
-    path, held_out = folder / _DIVERGENCE, held_out_sequences(len(tokens))
+    path, held_out = folder / _HELD_OUT, held_out_sequences(len(tokens))
     if not path.exists():
         streams = StreamFiles(folder, held_out).open(checkpoint.config.num_hidden_layers)
-        head, expected = Head.of(checkpoint, device), streams.target[-held_out:]
-        nearest = rounded_to_nearest_outputs(checkpoint, scheme, tokens[-held_out:], device)
+        head, ids = Head.of(checkpoint, device), tokens[-held_out:]
+        outputs = {
+            _FLOAT: streams.target[-held_out:],
+            _NEAREST: rounded_to_nearest_outputs(checkpoint, scheme, ids, device),
+            "flattened": streams.seen[-held_out:],
+        }
         found = {
-            _NEAREST: head.mean_divergence(nearest, expected),
-            "flattened": head.mean_divergence(streams.seen[-held_out:], expected),
+            "divergence": {
+                name: head.mean_divergence(each, outputs[_FLOAT]) for name, each in outputs.items() if name != _FLOAT
+            },
+            "cross_entropy": {name: head.mean_cross_entropy(each, ids) for name, each in outputs.items()},
         }
         write_json(path, found)
-    kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
-    return kept
+    kept: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    return kept["divergence"], kept["cross_entropy"]
 
 
 def _loss_to_nearest(divergence: Mapping[str, float]) -> str | None:
@@ -245,7 +259,11 @@ def _polish(
                 scale = weight.scale * polished.row_scales[segment.of(name)]
                 kept[segment.of(name)] = dataclasses.replace(weight, scale=scale)
         codes.keep(part, kept)
-    return polished.transforms, {"epochs": epochs, "held_out_divergence": polished.divergence}
+    return polished.transforms, {
+        "epochs": epochs,
+        "held_out_divergence": polished.divergence,
+        "held_out_cross_entropy": polished.cross_entropy,
+    }
 
 
 def calibration_on_disk(

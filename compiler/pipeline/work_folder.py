@@ -15,6 +15,7 @@ import planish.passes
 import planish.plugins
 from planish.compiler.checkpoint.files import write_json
 from planish.compiler.errors import DiskFullError, OutputFolderError, PlanishError
+from planish.compiler.pipeline.stages import Stage
 from planish.compiler.progress import Progress
 
 __all__ = ["WorkFolder", "check_output", "check_space", "clear_errors", "code_fingerprint"]
@@ -65,6 +66,16 @@ class WorkFolder:
         """Note that `stage` is finished and made the files directly in `folder`."""
         made = [str(path.relative_to(self.path)) for path in sorted(folder.iterdir()) if path.is_file()]
         self._state["finished"][stage] = self._sizes(made)
+        write_json(self.path / _STATE, self._state)
+
+    def noted(self) -> list[Stage]:
+        """Return what runs before this one noted of their stages; see `StageClock`."""
+        noted: list[Stage] = self._state.get("stages", [])
+        return noted
+
+    def note(self, stages: list[Stage]) -> None:
+        """Keep what is noted of the stages so far."""
+        self._state["stages"] = stages
         write_json(self.path / _STATE, self._state)
 
     def publish(self) -> None:

@@ -32,6 +32,14 @@ def bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def flattened(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """`tiny` compiled in w4a4k4v4 for ONNX Runtime, flattened by the kurtosis rule and polished."""
+    out = tmp_path_factory.mktemp("flattened") / "out"
+    few = {"dataset": str(text), "nsamples": 6, "seqlen": 32, "polish": 2}
+    return compile_model(tiny, out, scheme="w4a4k4v4", select="kurtosis", **few)
+
+
+@pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text of a few thousand tokens, some of which take several bytes."""
     path = tmp_path_factory.mktemp("text") / "text.txt"

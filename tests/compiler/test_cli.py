@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,7 +197,7 @@ def test_bad_outputs(run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.M
     assert (not_empty.code, "is not empty" in not_empty.err) == (12, True)
     below_file = run(*options, tmp_path / "file" / "out")
     assert (below_file.code, "cannot be written" in below_file.err) == (12, True)
-    monkeypatch.setattr(pipeline, "_bytes_needed", lambda *_: 1 << 60)
+    monkeypatch.setattr(pipeline, "estimate", lambda *_: SimpleNamespace(disk=1 << 60))
     full = run(*options, tmp_path / "out")
     assert (full.code, "MB free and the compile needs" in full.err) == (13, True)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from planish.compiler.calibrate import statistics
-from planish.compiler.calibrate.statistics import Moments, QuantileSketch
+from planish.compiler.calibrate.statistics import Magnitudes, QuantileSketch
 from planish.compiler.errors import CalibrationError
 
 #: What the documentation of QuantileSketch promises, relative.
@@ -81,52 +81,35 @@ def test_tokens_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(parts.quantile(0.37), expected)
 
 
-def test_sketches_merge() -> None:
-    x = activations()
-    whole, one, other = (QuantileSketch(x.shape[1]) for _ in range(3))
-    whole.update(x)
-    one.update(x[:700])
-    other.update(x[700:])
-    one.merge(other)
-    assert one.tokens == len(x)
-    for q in (0.3, 0.999, 1.0):
-        assert torch.equal(one.quantile(q), whole.quantile(q))
+def magnitudes_of(parts: Sequence[Tensor], first: Sequence[Tensor]) -> Magnitudes:
+    magnitudes = Magnitudes(parts[0].shape[1])
+    for part, of_part in zip(parts, first, strict=True):
+        magnitudes.update(part, first=of_part)
+    return magnitudes
 
 
-def moments_of(parts: Sequence[Tensor], first: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> Moments:
-    moments = Moments(parts[0].shape[1])
-    for i, part in enumerate(parts):
-        moments.update(part, first=first[i], weights=weights[i] if weights else None)
-    return moments
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("merged", [False, True])
-def test_moments_are_those_of_all_data(weighted: bool, merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_magnitudes_are_those_of_all_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "_ENTRIES", 24 * 100)
     x = activations()
     first = torch.arange(len(x)) % 500 == 0
-    weights = torch.rand(len(x), generator=torch.Generator().manual_seed(1)) if weighted else torch.ones(len(x))
-    parts, firsts = in_parts(x), in_parts(first)
-    given = in_parts(weights) if weighted else None
-    if merged:
-        moments = moments_of(parts[:3], firsts[:3], given and given[:3])
-        moments.merge(moments_of(parts[3:], firsts[3:], given and given[3:]))
-    else:
-        moments = moments_of(parts, firsts, given)
-
-    whole, w = x.numpy().astype(np.float64), weights.numpy().astype(np.float64)
-    second = (whole * w[:, None]).T @ whole
-    scale = np.sqrt(np.outer(second.diagonal(), second.diagonal()))
-    assert np.abs(moments.second.numpy() - second).max() <= 1e-13 * scale.max()
-    assert (np.abs(moments.second.numpy() - second) <= 1e-12 * scale).all()
-    assert moments.weight == pytest.approx(w.sum(), rel=1e-12)
-    assert moments.tokens == len(x)
-    assert np.array_equal(moments.max_abs.numpy(), np.abs(x.numpy()).max(0))
+    magnitudes = magnitudes_of(in_parts(x), in_parts(first))
+    whole = x.numpy().astype(np.float64)
+    assert magnitudes.tokens == len(x)
+    assert np.array_equal(magnitudes.max_abs.numpy(), np.abs(x.numpy()).max(0))
     rest = x.numpy()[~first.numpy()]
-    assert np.array_equal(moments.max_abs_rest.numpy(), np.abs(rest).max(0))
-    assert moments.max_abs[11] == 2e4 > moments.max_abs_rest[11]
-    assert moments.excess_kurtosis == pytest.approx(kurtosis(whole), rel=1e-11)
+    assert np.array_equal(magnitudes.max_abs_rest.numpy(), np.abs(rest).max(0))
+    assert magnitudes.max_abs[11] == 2e4 > magnitudes.max_abs_rest[11]
+    assert magnitudes.rms == pytest.approx(np.sqrt((whole**2).mean()), rel=1e-11)
+    crests = np.abs(whole).max(1) / np.sqrt((whole**2).mean(1))
+    assert magnitudes.crest == pytest.approx(crests.mean(), rel=1e-7)
+    assert magnitudes.excess_kurtosis == pytest.approx(kurtosis(whole), rel=1e-11)
+
+
+def test_crest_of_known_tokens() -> None:
+    magnitudes = Magnitudes(4)
+    # Equal magnitudes, one channel alone, and a token of zeros, which has no crest.
+    magnitudes.update(torch.tensor([[1.0, -1, 1, -1], [0, 0, 5, 0], [0, 0, 0, 0]]))
+    assert magnitudes.crest == pytest.approx((1 + 2) / 2)
 
 
 def kurtosis(x: npt.NDArray[np.float64]) -> float:
@@ -138,53 +121,46 @@ def kurtosis(x: npt.NDArray[np.float64]) -> float:
 def test_kurtosis_is_stable_far_from_zero() -> None:
     # Sums of plain fourth powers, 1e16 each, would leave nothing of a deviation of 1; the parts' means differ.
     x = np.random.default_rng(0).laplace(size=(400, 6)) + 1e4 + np.arange(400)[:, None] / 100
-    moments = Moments(6)
+    magnitudes = Magnitudes(6)
     for part in np.array_split(x, 7):
-        moments.update(torch.from_numpy(part))
-    assert moments.excess_kurtosis == pytest.approx(kurtosis(x), rel=1e-8)
+        magnitudes.update(torch.from_numpy(part))
+    assert magnitudes.excess_kurtosis == pytest.approx(kurtosis(x), rel=1e-8)
 
 
 def test_kurtosis_of_nothing() -> None:
-    moments = Moments(2)
-    assert math.isnan(moments.excess_kurtosis)
-    moments.update(torch.full((5, 2), 3.0))
-    assert math.isnan(moments.excess_kurtosis)
+    magnitudes = Magnitudes(2)
+    assert math.isnan(magnitudes.excess_kurtosis)
+    assert math.isnan(magnitudes.crest)
+    assert math.isnan(magnitudes.rms)
+    magnitudes.update(torch.full((5, 2), 3.0))
+    assert math.isnan(magnitudes.excess_kurtosis)
 
 
 def test_a_sequence_of_first_tokens_has_no_rest() -> None:
-    moments = Moments(2)
-    moments.update(torch.ones(1, 2), first=torch.tensor([True]))
-    assert moments.max_abs_rest.tolist() == [0, 0]
+    magnitudes = Magnitudes(2)
+    magnitudes.update(torch.ones(1, 2), first=torch.tensor([True]))
+    assert magnitudes.max_abs_rest.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("kind", [QuantileSketch, Moments])
+@pytest.mark.parametrize("kind", [QuantileSketch, Magnitudes])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite(kind: type[QuantileSketch] | type[Moments], bad: float) -> None:
+def test_values_that_are_not_finite(kind: type[QuantileSketch] | type[Magnitudes], bad: float) -> None:
     x = torch.ones(4, 3)
     x[2, 1] = bad
     with pytest.raises(CalibrationError, match="activations of 1 of 3 channels are not finite"):
         kind(3).update(x)
 
 
-@pytest.mark.parametrize("kind", [QuantileSketch, Moments])
+@pytest.mark.parametrize("kind", [QuantileSketch, Magnitudes])
 @pytest.mark.parametrize("shape", [(4, 2), (2, 4, 3), (3,)])
-def test_wrong_shapes(kind: type[QuantileSketch] | type[Moments], shape: tuple[int, ...]) -> None:
+def test_wrong_shapes(kind: type[QuantileSketch] | type[Magnitudes], shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"not \[tokens, 3\]"):
         kind(3).update(torch.ones(shape))
 
 
-@pytest.mark.parametrize(
-    ("weights", "first", "message"),
-    [
-        (torch.ones(3), None, "for 4 tokens"),
-        (None, torch.zeros(5, dtype=torch.bool), "for 4 tokens"),
-        (torch.tensor([1.0, -1, 1, 1]), None, "not negative"),
-        (torch.tensor([1.0, math.nan, 1, 1]), None, "finite"),
-    ],
-)
-def test_wrong_weights(weights: Tensor | None, first: Tensor | None, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Moments(3).update(torch.ones(4, 3), weights=weights, first=first)
+def test_wrong_first_tokens() -> None:
+    with pytest.raises(ValueError, match="for 4 tokens"):
+        Magnitudes(3).update(torch.ones(4, 3), first=torch.zeros(5, dtype=torch.bool))
 
 
 def test_misuse() -> None:
@@ -193,7 +169,3 @@ def test_misuse() -> None:
         sketch.quantile(0.5)
     with pytest.raises(ValueError, match="from 0 to 1"):
         sketch.quantile(1.5)
-    with pytest.raises(ValueError, match="2 and 3 channels"):
-        sketch.merge(QuantileSketch(3))
-    with pytest.raises(ValueError, match="2 and 3 channels"):
-        Moments(2).merge(Moments(3))

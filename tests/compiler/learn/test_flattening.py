@@ -16,7 +16,7 @@ from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.select.forms import forms_of_groups
 from planish.compiler.verify.oracle import Oracle
 from planish.passes.scheme import Scheme
-from planish.passes.transforms import Transforms
+from planish.passes.transforms import SITES, Transforms
 from tests.tiny import write_tiny
 
 SCHEME = Scheme.parse("w4a4k4v4", "w16a16")
@@ -84,13 +84,13 @@ def test_a_run_that_breaks_off_goes_on(checkpoint: Checkpoint, tmp_path: Path) -
     flatten(checkpoint, tmp_path / "broken", progress=lambda done, total: steps.append(done))
     assert steps == [2]
     assert files(tmp_path / "broken") == files(tmp_path / "whole")
-    assert len(files(tmp_path / "whole")) == 2 + 2 * 2
+    assert len(files(tmp_path / "whole")) == 2 + 2 * 3
 
 
 def test_evidence_is_read_back(checkpoint: Checkpoint, tmp_path: Path) -> None:
     flatten(checkpoint, tmp_path)
     evidence = read_evidence(tmp_path / "flatten", 2)
-    assert [set(each) for each in evidence] == [{"attn_in", "attn_out", "ffn_in", "ffn_out"}] * 2
+    assert [set(each) for each in evidence] == [set(SITES)] * 2
     assert all(0 < each[site]["error"] < 1 for each in evidence for site in each)
 
 

@@ -37,4 +37,6 @@ def test_what_rounding_to_nearest_costs(variant: str, tmp_path: Path, monkeypatc
     found = head.mean_divergence(rounded_to_nearest_outputs(checkpoint, scheme, IDS), states[0])
     assert found == pytest.approx(float((expected.exp() * (expected - lost)).sum(-1).mean()), rel=0.02)
     assert head.mean_divergence(states[0], states[0]) == pytest.approx(0, abs=1e-6)
+    nll = -expected[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+    assert head.mean_cross_entropy(states[0], IDS) == pytest.approx(float(nll), rel=1e-4)
     torch.testing.assert_close(head.log_probabilities(states[0]), expected, rtol=1e-4, atol=1e-4)

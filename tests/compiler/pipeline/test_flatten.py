@@ -223,7 +223,8 @@ def test_what_loses_to_rounding_to_nearest(
     select: str, tiny: Path, tmp_path: Path, few: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not kept unless it was asked for by name, and is said in either case."""
-    monkeypatch.setattr(flatten_module, "_divergence", lambda *_: {"rounded to nearest": 0.25, "flattened": 0.5})
+    divergence = {"rounded to nearest": 0.25, "flattened": 0.5}
+    monkeypatch.setattr(flatten_module, "_held_out", lambda *_: (divergence, {"float": 1.0, "flattened": 1.5}))
     heard = Heard()
     made = compile_model(tiny, tmp_path / "out", progress=heard, **{**few, "select": select})
     words = "flattened, the model is 0.5 nats per held-out token from the float one, and only 0.25 rounded to nearest"

@@ -1,0 +1,257 @@
+"""What a compile will take and make, from the shapes of a model alone: bytes on disk, memory, and time.
+
+Sizes are counted as the passes and targets store things, so they are right to a few per cent; memory and time are
+rough.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from math import prod
+
+from planish.compiler.calibrate.settings import SELF
+from planish.compiler.checkpoint.config import LlamaConfig
+from planish.compiler.checkpoint.tensors import expected_tensors
+from planish.compiler.learn.candidates import Form
+from planish.compiler.learn.hadamard import split_width
+from planish.compiler.pipeline.recipe import Recipe, Target
+from planish.compiler.select.forms import form_of
+from planish.compiler.select.policy import SelectionPolicy, linear_flops
+from planish.passes.scheme import LinearFormat, Scheme
+from planish.passes.transforms import Kind, Site
+
+__all__ = ["Estimate", "Work", "estimate", "unasked_polish"]
+
+#: Bytes of a graph without its weights: of any, of a decoder block in floating point, and what blocks have more where
+#: activations are quantised, where the cache is, and where transforms run.
+_PORTABLE_GRAPH, _ORT_GRAPH = (12_000, 6_000, 2_000, 1_000, 2_600), (10_000, 6_000, 7_000, 20_000, 7_000)
+#: Bytes of plan and report, of any and per decoder block: rounded to nearest, and flattened.
+_ROUNDED_RECORDS, _FLAT_RECORDS = (34_000, 4_600), (315_000, 24_000)
+#: Channels that share a scale in MatMulNBits where a whole output channel has one.
+_BLOCK = 128
+#: How many times the bytes of its ONNX file an engine takes, with kernels for three generations of GPUs.
+_ENGINE = 1.1
+#: Work in passes of the calibration text through the linears, measured on SmolLM2 with 16 x 512 tokens.
+_PASSES_TO_MEASURE, _PASSES_TO_FLATTEN, _PASSES_TO_POLISH, _PASSES_TO_WRITE = 20.0, 14.5, 5.4, 4.0
+#: Seconds of any compile, and per weight that is rounded, and that is flattened: likewise.
+_SECONDS, _SECONDS_ROUNDED, _SECONDS_FLAT = 10.0, 2.5e-7, 2e-7
+#: Epochs of polishing, and the most weights of linears for which it is done unasked: 4 GB of float32.
+_POLISH_EPOCHS, _MOST_TO_POLISH = 4, 10**9
+#: Bytes of the interpreter with what it imports.
+_BASE = 600_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How much a compile has to do.
+
+    Attributes:
+        policy: how transforms are chosen.
+        nsamples: calibration sequences.
+        seqlen: tokens in each.
+        polish: epochs of polishing.
+        writes_text: whether the model writes its calibration text itself.
+        targets: what is lowered to.
+    """
+
+    policy: SelectionPolicy
+    nsamples: int
+    seqlen: int
+    polish: int
+    writes_text: bool
+    targets: tuple[Target, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe, config: LlamaConfig) -> "Work":
+        """Return the work of a recipe on a model.
+
+        Raises:
+            CalibrationError: if the recipe's calibration cannot be.
+            SelectionError: if its policy cannot be.
+        """
+        calibration = recipe.calibration(config.max_context)
+        polish = unasked_polish(config) if recipe.polish is None else recipe.polish
+        return cls(
+            recipe.parsed_policy(),
+            calibration.nsamples,
+            calibration.seqlen,
+            polish,
+            calibration.dataset == SELF,
+            recipe.targets,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a compile takes and makes.
+
+    Attributes:
+        sizes: bytes in the bundle: `portable`, each target, `transforms` (plan.safetensors) and `records` (plan and
+            report); the files of the tokenizer are not in it.
+        bundle: bytes of them together.
+        disk: bytes that the compile needs at its end, before the work folder is removed.
+        memory: bytes that are resident at most, about.
+        flops: floating-point operations of learning, about; 0 where nothing is learned.
+        weights: of the linears, each of which is read, rounded, written and verified besides.
+    """
+
+    sizes: dict[str, int]
+    bundle: int
+    disk: int
+    memory: int
+    flops: float
+    weights: int
+
+    def seconds(self, speed: float) -> float:
+        """Return about how long the compile takes on a machine of `speed` FLOPs per second."""
+        return self.flops / speed + _SECONDS + self.weights * (_SECONDS_ROUNDED + (_SECONDS_FLAT if self.flops else 0))
+
+
+def estimate(config: LlamaConfig, scheme: Scheme, work: Work) -> Estimate:
+    """Return what a compile of a model with this config takes.
+
+    Which forms `measured` and `auto` choose is not known before; they are taken for affine maps, which is what their
+    budget allows.
+    """
+    layers = config.num_hidden_layers
+    stored, online = _transform_entries(config, work.policy)
+    flat = work.policy.name != "none"
+    sizes = {"portable": _weights(config, scheme, _packed) + 4 * online + _graph(_PORTABLE_GRAPH, layers, scheme, flat)}
+    for target in work.targets:
+        if target == "ort":
+            sizes[target] = _weights(config, scheme, _for_ort) + 4 * online + _graph(_ORT_GRAPH, layers, scheme, flat)
+        else:
+            sizes[target] = int((1 + _ENGINE) * (_weights(config, scheme, _for_engines) + 2 * online))
+    if stored:
+        sizes["transforms"] = 4 * stored
+    records, of_layer = _FLAT_RECORDS if flat else _ROUNDED_RECORDS
+    sizes["records"] = records + of_layer * layers
+    bundle = sum(sizes.values())
+    return Estimate(
+        sizes,
+        bundle,
+        bundle + _working(config, scheme, work, stored),
+        _memory(config, work, stored),
+        _flops(config, work),
+        linear_flops(config) // 2,
+    )
+
+
+def unasked_polish(config: LlamaConfig) -> int:
+    """Return for how many epochs a model is polished where the recipe does not say: none if it is too large."""
+    return _POLISH_EPOCHS if linear_flops(config) // 2 <= _MOST_TO_POLISH else 0
+
+
+def _graph(sizes: tuple[int, ...], layers: int, scheme: Scheme, flat: bool) -> int:
+    whole, block, *more = sizes
+    integers = not (scheme.linear.is_float or scheme.linear.weight_only)
+    has = (integers, scheme.quantizes_cache, flat)
+    return whole + layers * (block + sum(extra for extra, there in zip(more, has, strict=True) if there))
+
+
+def _weights(config: LlamaConfig, scheme: Scheme, stored: Callable[[LinearFormat, int, int], int]) -> int:
+    """Return the bytes of all weights, given those of a linear of a format, output channels and input channels."""
+    total = 0
+    for name, shape in expected_tensors(config).items():
+        if name == "model.embed_tokens.weight":
+            total += prod(shape) * (4 if scheme.linear.is_float else 2)
+        elif name.endswith("_proj.weight"):
+            total += stored(scheme.linear, *shape)
+        elif name != "lm_head.weight":
+            total += 4 * prod(shape)
+    # In floating point, a tied output projection reads the embeddings.
+    if not (scheme.lm_head.is_float and config.tie_word_embeddings):
+        total += stored(scheme.lm_head, config.vocab_size, config.hidden_size)
+    return total
+
+
+def _packed(form: LinearFormat, rows: int, k: int) -> int:
+    if form.is_float:
+        return 4 * rows * k
+    return rows * (-(-k * form.weight_bits // 8) + form.groups(k) * form.scale_bits // 8)
+
+
+def _for_ort(form: LinearFormat, rows: int, k: int) -> int:
+    if form.is_float:
+        return 4 * rows * k
+    if not form.weight_only:
+        return rows * (k + 4 * form.groups(k))
+    block = form.group if form.group is not None and form.group < k else _BLOCK
+    return rows * -(-k // block) * (block * max(form.weight_bits, 4) // 8 + 4)
+
+
+def _for_engines(form: LinearFormat, rows: int, k: int) -> int:
+    if form.is_float:
+        return 2 * rows * k
+    return rows * (k * (4 if form.weight_bits <= 4 else 8) // 8 + 2 * form.groups(k))
+
+
+def _transform_entries(config: LlamaConfig, policy: SelectionPolicy) -> tuple[int, int]:
+    """Return how many numbers the transforms of all blocks have, and how many of them run online."""
+    if policy.name == "none":
+        return 0, 0
+    kind: Kind = policy.kind or "affine"
+    heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    mixing = heads * heads if heads > 1 else 0
+    # Keys are mapped for each KV head, queries for each of theirs; the value map folds.
+    stored, online = mixing + 2 * kv_heads * d * d, mixing + (kv_heads + heads) * d * d
+    widths: dict[Site, int] = {
+        "attn_in": config.hidden_size,
+        "ffn_in": config.hidden_size,
+        "ffn_out": config.intermediate_size,
+    }
+    for site, width in widths.items():
+        scale, factors = _factor_entries(form_of(site, kind), width)
+        stored, online = stored + scale + factors, online + factors
+    return stored * config.num_hidden_layers, online * config.num_hidden_layers
+
+
+def _factor_entries(form: Form, width: int) -> tuple[int, int]:
+    """Return how many numbers the channel scale of a form has, and its factors; see `FORMS`."""
+    if not form.startswith("blocks"):
+        rows, columns = split_width(width)
+        return width, columns * columns + (rows * rows if rows > 1 else 0)
+    size = max(each for each in range(1, int(form.removeprefix("blocks")) + 1) if width % each == 0)
+    blocks = width // size
+    return 0, width * size + (blocks * blocks if blocks > 1 else 0)
+
+
+def _working(config: LlamaConfig, scheme: Scheme, work: Work, stored: int) -> int:
+    """Return the bytes of what lies beside the bundle until the end: codes, hidden states, transforms by block."""
+    if scheme.linear.is_float:
+        return 0
+    codes = sum(
+        _packed(scheme.linear, *shape)
+        for name, shape in expected_tensors(config).items()
+        if name.endswith("_proj.weight")
+    )
+    if work.policy.name == "none":
+        return codes
+    # Two streams into a block and two out of it; codes, and those that polishing starts from; its state is four times
+    # what it learns.
+    streams = 4 * 4 * work.nsamples * work.seqlen * config.hidden_size
+    return streams + (2 * codes + 4 * 5 * stored if work.polish else codes + 4 * stored)
+
+
+def _memory(config: LlamaConfig, work: Work, stored: int) -> int:
+    """Return about the most bytes that are resident: in the stage that takes most, as measured on SmolLM2."""
+    table, logits = 4 * config.vocab_size * config.hidden_size, 4 * work.seqlen * config.vocab_size
+    # The weight of lm_head and its rounding error, in float64 too.
+    planned = 7 * table
+    if work.policy.name == "none":
+        return _BASE + planned
+    linears, widest = linear_flops(config) // 2, max(config.hidden_size, config.intermediate_size)
+    # A block as it was, folded, and rounded, one of them in float64 meanwhile; moments and Hessians of its widest site.
+    block = 4 * 5 * linears // config.num_hidden_layers + 8 * 5 * widest * widest
+    compared = 2 * table + 8 * logits
+    # The model folded and rounded, what learns with its two moments and its best, and the logits of a gradient.
+    polished = 14 * linears + 2 * table + 6 * logits + 4 * 4 * stored if work.polish else 0
+    return _BASE + max(block, compared, polished, planned)
+
+
+def _flops(config: LlamaConfig, work: Work) -> float:
+    if work.policy.name == "none":
+        return 0.0
+    measures = work.policy.name in ("measured", "auto")
+    passes = _PASSES_TO_FLATTEN + _PASSES_TO_POLISH * work.polish
+    passes += (_PASSES_TO_MEASURE if measures else 0) + (_PASSES_TO_WRITE if work.writes_text else 0)
+    return passes * linear_flops(config) * float(work.nsamples * work.seqlen)

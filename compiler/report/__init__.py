@@ -1,0 +1,1 @@
+"""The report of a compile: gathered, judged, drawn and written."""

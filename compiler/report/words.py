@@ -1,0 +1,26 @@
+"""Numbers as people read them."""
+
+__all__ = ["short", "size"]
+
+
+def size(count: float) -> str:
+    """Return bytes in kB, MB or GB (powers of 1000), in three digits or more.
+
+    Example:
+        >>> size(229_234_170)
+        '229 MB'
+    """
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= 0.9995 * unit:
+            return f"{short(count / unit)} {name}"
+    return f"{count:.0f} B"
+
+
+def short(value: float) -> str:
+    """Return three digits of a number, or all of those in front of its point.
+
+    Example:
+        >>> short(1534.2), short(0.012345)
+        ('1,534', '0.0123')
+    """
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"

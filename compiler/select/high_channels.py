@@ -46,7 +46,7 @@ __all__ = [
 SEQUENCES = 8
 #: Losses are measured on one token of so many: all choices on the same ones, so that they compare.
 _EVERY = 4
-#: Shares tried, as multiples of the one at which all groups alike use up the budget.
+#: Shares tried, as multiples of the one that the budget allows all sites alike.
 _MULTIPLES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 
 
@@ -201,9 +201,8 @@ def numbers_to_try(policy: HighPolicy, shapes: Shapes, split: ChannelSplit) -> d
     assert policy.average is not None
     shares = policy.candidates
     if shares is None:
-        ends = [{name: each * split.most(split.channels(shapes[name])) for name in shapes} for each in (0, 1)]
-        least, most = (average_bits([each], shapes, split) for each in ends)
-        even = (policy.average - least) / (most - least)
+        fixed = fixed_counts(shapes, split, policy.average)
+        even = max(count / split.channels(shapes[name]) for name, count in fixed.items())
         shares = tuple(multiple * even for multiple in _MULTIPLES)
     numbers = {}
     for name, shape in shapes.items():

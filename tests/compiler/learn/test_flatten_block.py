@@ -2,21 +2,30 @@
 
 import dataclasses
 import functools
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, Block, run_block
+from planish.compiler.checkpoint import open_checkpoint
+from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, Block, read_block, run_block
 from planish.compiler.learn.candidates import Form, kind_of
 from planish.compiler.learn.flatten_block import Flattened, flatten_block
+from planish.compiler.learn.site_factors import fit_factors
 from planish.compiler.learn.site_fit import Steps
 from planish.compiler.learn.streams import Streams
 from planish.compiler.quantize.arithmetic import dequantize_weight
 from planish.compiler.select.forms import MEASURED_FORMS, forms_of_groups
+from planish.compiler.select.plan_file import site_widths
+from planish.passes.high_impact import HighImpact
 from planish.passes.scheme import Scheme
-from planish.passes.transforms import SITES, Kind, Site
+from planish.passes.transforms import SITES, Kind, LayerTransforms, Site
+from tests.high_impact import WIDE
 from tests.learning import SEQ, block_of, float_outputs, streams_of
+from tests.tiny import write_tiny
 
 KINDS: tuple[Kind, ...] = ("rotation", "affine")
 #: Sequences that hold several tokens per channel: with fewer, GPTQ is worse on held-out text than rounding to nearest.
@@ -150,3 +159,34 @@ def test_dead_channels_are_damped(scheme: str, kind: Kind, changes: dict[str, sl
     assert all(part is None or part.isfinite().all() for f in done.factors.values() for part in (f.scale, f.right))
     whole = error_of(cached_block("gqa"), Scheme.parse(scheme), forms(kind))
     assert held_out_error(done, block, streams, outputs) < 1.5 * whole
+
+
+@pytest.mark.parametrize("scheme", ["w3a3k3v3", "w2a16", "w2a16g32"])
+def test_high_impact_channels_lower_the_error(scheme: str) -> None:
+    """Of a block whose transforms were fitted before: they stay, and each segment has codes of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        block = read_block(open_checkpoint(write_tiny(Path(folder), **WIDE)), 0)
+    streams = dataclasses.replace(streams_of(block, ENOUGH), held_out=ENOUGH // 4)
+    streams = dataclasses.replace(streams, seen=streams.target)
+    outputs, angles, parsed = float_outputs(block, streams), Angles.of(block.config, SEQ), Scheme.parse(scheme)
+    factors, _ = fit_factors(block, streams, outputs, angles, parsed, forms("affine"), 0)
+    widths = site_widths(block.config)
+    fitted = LayerTransforms(**{site: factors[site].stored(widths[site]) for site in SITES})
+    rng = np.random.default_rng(1)
+    high = {site: HighImpact(8, rng.permutation(widths[site]), 128) for site in SITE_MODULES}
+    errors = []
+    for each in (fitted, dataclasses.replace(fitted, high=high)):
+        with torch.no_grad():
+            done = flatten_block(block, streams, outputs, parsed, {}, 0, fitted=each)
+        errors.append(held_out_error(done, block, streams, outputs))
+    assert errors[1] < 0.7 * errors[0]
+    assert torch.equal(done.factors["ffn_in"].right, torch.from_numpy(fitted.ffn_in.right))
+    for site, modules in SITE_MODULES.items():
+        order = torch.from_numpy(high[site].order)
+        for module in modules:
+            parts = done.codes[f"{module}.high"], done.codes[module]
+            assert [part.bits for part in parts] == [8, parsed.linear.weight_bits]
+            whole = torch.cat([dequantize_weight(part) for part in parts], 1)
+            assert torch.equal(done.hooks.weights[module][:, order], whole)
+        clip = done.high[site].clip
+        assert clip == 1 if parsed.linear.weight_only else 0 < clip <= 1

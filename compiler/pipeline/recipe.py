@@ -11,9 +11,8 @@ from planish.compiler.checkpoint.files import write_text
 from planish.compiler.errors import CalibrationError, RecipeError, SelectionError
 from planish.compiler.learn.device import device_kind
 from planish.compiler.learn.segments import Rounding
-from planish.compiler.select.high_channels import HighPolicy
+from planish.compiler.select.high_channels import HighPolicy, RankScore
 from planish.compiler.select.policy import SelectionPolicy
-from planish.compiler.select.sensitivity import Score
 from planish.passes.scheme import Scheme
 
 __all__ = ["TARGETS", "Recipe", "Target"]
@@ -44,7 +43,7 @@ class Recipe(BaseModel):
         hic_ratio: share of the channels of every site that are high-impact ones, instead of a budget.
         hic_bits: of the weights of high-impact channels; None is 4, or 8 where the scheme has 4.
         hic_candidates: shares that `solved` tries; None is some around what the budget allows.
-        hic_score: what ranks channels: `damage`, `fisher` or `moment`, see `Score`.
+        hic_score: what ranks channels: `damage` or `moment`, see `Score`.
         hic_weighting: whether a block's loss counts by how much the model's loss depends on its output.
         round: how weights are rounded: `gptq`, `adaround` (of high-impact channels, with learned clips of the others),
             or `nearest`.
@@ -81,7 +80,7 @@ class Recipe(BaseModel):
     hic_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     hic_bits: Literal[3, 4, 8] | None = None
     hic_candidates: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] | None = None
-    hic_score: Score = "damage"
+    hic_score: RankScore = "damage"
     hic_weighting: bool = True
     round: Rounding = "gptq"
     residual_rotation: bool = False

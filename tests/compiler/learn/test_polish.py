@@ -16,9 +16,8 @@ from planish.compiler.learn.flattening import flatten_checkpoint, held_out_seque
 from planish.compiler.learn.polish import Polished, polish
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.transformed import TransformedCheckpoint
-from planish.compiler.progress import Silent
+from planish.compiler.pipeline.high_impact import untransformed
 from planish.compiler.quantize.codes import CodesOnDisk
-from planish.compiler.select.fitted_transforms import fit_transforms
 from planish.compiler.select.forms import forms_of_groups
 from planish.compiler.verify.oracle import Oracle
 from planish.passes.high_impact import no_high_impact
@@ -43,15 +42,13 @@ class Case:
         (folder / "codes").mkdir()
         layers = self.checkpoint.config.num_hidden_layers
         forms = [forms_of_groups({"attn": "affine", "ffn": "rotation"})] * layers
-        fitted = None
+        high, placed = no_high_impact, None
         if variant == "high":
-            fitted, _ = fit_transforms(self.checkpoint, scheme, forms, ids, self.folder, Silent())
-            fitted = fitted.with_high(random_high_impact(fitted))
-        high = no_high_impact if fitted is None else fitted.high
+            with_high = untransformed(self.checkpoint.config)
+            with_high = with_high.with_high(random_high_impact(with_high))
+            high, placed = with_high.high, [layer.high for layer in with_high.layers]
         self.codes = CodesOnDisk(folder / "codes", self.checkpoint, scheme, high)
-        self.transforms = flatten_checkpoint(
-            self.checkpoint, scheme, forms, ids, self.folder, self.codes, fitted=fitted
-        )
+        self.transforms = flatten_checkpoint(self.checkpoint, scheme, forms, ids, self.folder, self.codes, high=placed)
         self.final = StreamFiles(self.folder, HELD_OUT).open(layers).target
 
     def polish(self, folder: Path, epochs: int = 2) -> Polished:
@@ -135,13 +132,20 @@ def test_goes_on_where_it_was_killed(case: Case, tmp_path: Path, monkeypatch: py
         assert torch.equal(resumed.row_scales[name], scale)
 
 
-def test_both_segments_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_RATE", 3e-4)
-    case = Case(tmp_path, "high", np.concatenate([IDS[:-1], IDS[:1]]))
+def test_both_segments_learn(tmp_path: Path) -> None:
+    ids = np.concatenate([IDS[:-1], IDS[:1]])
+    case = Case(tmp_path, "high", ids, Scheme.parse("w3a8k8v8", "w16a16"))
     polished = case.polish(tmp_path / "polish", epochs=6)
     assert min(polished.divergence) < polished.divergence[0]
     for name in ("model.layers.1.mlp.down_proj", "model.layers.1.mlp.down_proj.high"):
         assert not torch.equal(polished.row_scales[name], torch.ones(192))
     before, after = (each.layers[1].high["ffn_out"] for each in (case.transforms, polished.transforms))
-    assert after.clip != before.clip
     np.testing.assert_array_equal(after.order, before.order)
+
+
+def test_the_clip_of_high_impact_channels_learns(tmp_path: Path) -> None:
+    case = Case(tmp_path, "high")
+    polished = case.polish(tmp_path / "polish")
+    assert min(polished.divergence) < polished.divergence[0]
+    before, after = (each.layers[1].high["ffn_out"] for each in (case.transforms, polished.transforms))
+    assert after.clip != before.clip

@@ -10,7 +10,7 @@ import torch
 
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.errors import SelectionError
-from planish.compiler.learn.block import SITE_MODULES, Angles, FloatHooks, read_block, run_block
+from planish.compiler.learn.block import Angles, FloatHooks, read_block, run_block
 from planish.compiler.learn.transformed_hooks import TransformedHooks, factors_of_layer
 from planish.compiler.progress import Silent
 from planish.compiler.select.channel_split import ChannelSplit
@@ -24,6 +24,7 @@ from planish.compiler.select.high_channels import (
     numbers_to_try,
 )
 from planish.compiler.select.ratios import average_bits
+from planish.compiler.select.sensitivity import measure_sensitivity
 from planish.passes.high_impact import SUFFIXES
 from planish.passes.scheme import LinearFormat, Scheme
 from planish.passes.transforms import Transforms
@@ -94,26 +95,16 @@ def test_solved_is_the_best_within_the_budget(
     assert evidence["stored_bits"] == round(average_bits(evidence["counts"], SHAPES, split), 4)
 
 
-def test_the_channels_are_those_whose_rounding_costs_most(
-    checkpoint: Checkpoint, transforms: Transforms, tmp_path: Path
-) -> None:
-    """Of each site alone: with the first channels kept, the model's output moves less than with the last ones kept."""
+def test_numbers_come_with_what_rows_count(checkpoint: Checkpoint, transforms: Transforms, tmp_path: Path) -> None:
     found = chosen(checkpoint, transforms, tmp_path, share=1 / 3)
-    hooks = TransformedHooks(read_block(checkpoint, 1), factors_of_layer(transforms, 1))
-    x = torch.randn(4, 16, 192, generator=torch.Generator().manual_seed(1))
-    angles, split = Angles.of(checkpoint.config, 16), ChannelSplit.of(FORM, 4)
-    y = run_block(checkpoint.config, hooks, x, angles)
-    lost = {1: 0.0, -1: 0.0}
-    for site, modules in SITE_MODULES.items():
-        high = found.high[1][site]
-        for direction in lost:
-            order = torch.from_numpy(high.order[::direction].copy())
-            exact = dict(hooks.weights)
-            for module in modules:
-                hooks.weights[module] = split.quantize(exact[module], order, high.count).dequantize()
-            lost[direction] += float((run_block(checkpoint.config, hooks, x, angles) - y).square().sum())
-            hooks.weights = exact
-    assert lost[1] < lost[-1]
+    assert [[each.count for each in of_layer.values()] for of_layer in found.high] == [[64, 64, 64, 128]] * 2
+    sensitivity = measure_sensitivity(checkpoint, IDS, FORM, tmp_path, Silent(), transforms)
+    gate, up = (sensitivity[1].scores[f"mlp.{name}_proj"]["fisher"]["out"] for name in ("gate", "up"))
+    weights = found.high[1]["ffn_in"].row_weights
+    assert weights is not None
+    assert torch.equal(weights, torch.cat([gate, up]))
+    alike = chosen(checkpoint, transforms, tmp_path, share=1 / 3, score="moment")
+    assert all(each.row_weights is None for of_layer in alike.high for each in of_layer.values())
 
 
 @pytest.mark.parametrize(

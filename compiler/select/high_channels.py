@@ -176,7 +176,7 @@ def choose_channels(
             device=device,
         )
         counts = choose_counts(losses, shapes, split, policy.average, block_weights)
-    stored = average_bits(counts, shapes, split)
+    stored = average_bits(counts, shapes, split) - _folded_orders(counts, shapes, split, transforms)
     progress.say(f"high-impact channels: {stored:.3f} bits per weight")
     evidence = {
         **{name: value for name, value in dataclasses.asdict(policy).items() if value is not None},
@@ -219,3 +219,11 @@ def numbers_to_try(policy: HighPolicy, shapes: Shapes, split: ChannelSplit) -> d
         # The fewest there can be: a share may be too small for a step at every width.
         numbers[name] = sorted({0, min(split.step, split.most(n)), *tried})
     return numbers
+
+
+def _folded_orders(counts: Sequence[Counts], shapes: Shapes, split: ChannelSplit, transforms: Transforms) -> float:
+    """Return the bits per weight that orders at `ffn_out` do not take, where FoldChannelOrderPass folds them away."""
+    width, weights = shapes["ffn_out"][1], sum(rows * inputs for rows, inputs in shapes.values())
+    online = [each.ffn_out.right is not None or each.ffn_out.left is not None for each in transforms.layers]
+    folded = sum(bool(of_layer["ffn_out"]) and not runs for of_layer, runs in zip(counts, online, strict=True))
+    return split.index_bits * width * folded / (len(counts) * weights)

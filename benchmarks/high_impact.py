@@ -30,7 +30,7 @@ from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.flatten_block import flatten_block
 from planish.compiler.learn.flattening import held_out_sequences
 from planish.compiler.learn.precision import fast_products
-from planish.compiler.learn.site_fit import Steps
+from planish.compiler.learn.site_fit import HighCount, Steps
 from planish.compiler.learn.streams import Streams
 from planish.compiler.progress import Progress, progress_for
 from planish.compiler.select.channel_split import ChannelSplit
@@ -42,14 +42,14 @@ from planish.compiler.select.high_channels import (
     HighPolicy,
     check_high_policy,
     choose_channels,
-    high_impacts,
+    high_counts,
 )
 from planish.compiler.select.pair_losses import BY_SITE, PairLosses, group_shapes
 from planish.compiler.select.policy import SelectionPolicy
 from planish.compiler.select.ratios import average_bits, choose_counts
 from planish.compiler.select.sensitivity import measure_sensitivity
 from planish.passes.scheme import Scheme
-from planish.passes.transforms import Site, Transforms
+from planish.passes.transforms import Site
 
 RULES = ("solved", "fixed", "no-pairs", "no-fisher")
 
@@ -96,16 +96,16 @@ class Setting:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def transforms(self, scheme: Scheme) -> Transforms:
-        """Return the transforms of the float model for a scheme."""
-        folder = self.folder(scheme)
-        chosen = choose_forms(self.checkpoint, scheme, self._policy, self.tokens, folder, self._progress)
-        forms: list[dict[Site, Form]] = [each.forms for each in chosen]
-        return fit_transforms(self.checkpoint, scheme, forms, self.tokens, folder, self._progress)[0]
+    def forms(self, scheme: Scheme) -> list[dict[Site, Form]]:
+        """Return the forms of the transforms of every block for a scheme."""
+        chosen = choose_forms(self.checkpoint, scheme, self._policy, self.tokens, self.folder(scheme), self._progress)
+        return [each.forms for each in chosen]
 
-    def choose(self, row: Row, transforms: Transforms) -> ChosenChannels:
-        """Return the channels of a row, and what they rest on."""
+    def choose(self, row: Row, forms: list[dict[Site, Form]]) -> ChosenChannels:
+        """Return how many channels of a row are high, and what that rests on."""
         assert row.budget is not None
+        folder = self.folder(row.scheme)
+        transforms, _ = fit_transforms(self.checkpoint, row.scheme, forms, self.tokens, folder, self._progress)
         of_score = {"score": "moment", "weighted": False} if row.rule == "no-fisher" else {}
         policy = HighPolicy(self._bits, row.budget, name="fixed" if row.rule == "fixed" else "solved", **of_score)
         form = row.scheme.linear
@@ -129,22 +129,23 @@ class Setting:
         alone = [without_pairs(PairLosses(**each)) for each in chosen.evidence["losses"]]
         counts = choose_counts(alone, shapes, split, row.budget, chosen.evidence["block_weights"])
         evidence = chosen.evidence | {"counts": counts, "stored_bits": average_bits(counts, shapes, split)}
-        return ChosenChannels(high_impacts(counts, sensitivity, policy), evidence)
+        return ChosenChannels(high_counts(counts, sensitivity, policy), evidence)
 
     @torch.no_grad()
-    def perplexity(self, row: Row, transforms: Transforms) -> float:
-        """Flatten block after block behind `transforms`, scoring the windows on the way."""
+    def perplexity(self, row: Row, forms: list[dict[Site, Form]], high: list[dict[Site, HighCount]] | None) -> float:
+        """Flatten block after block, scoring the windows on the way."""
         config, tokens = self.checkpoint.config, torch.from_numpy(self.tokens)
         x, target = embed(self.checkpoint, self.windows), embed(self.checkpoint, tokens)
         seen, held_out = target.clone(), held_out_sequences(len(tokens))
         angles, scored = (Angles.of(config, each.shape[1]) for each in (tokens, self.windows))
         steps = Steps(rounding=row.rounding)
         with fast_products():
-            for layer, fitted in enumerate(transforms.layers):
+            for layer in range(config.num_hidden_layers):
                 block = read_block(self.checkpoint, layer)
                 outputs = run_all(FloatHooks(block), self.checkpoint, target, angles)
                 streams = Streams(target, seen, held_out)
-                done = flatten_block(block, streams, outputs, row.scheme, {}, layer, steps, fitted=fitted)
+                of_block = None if high is None else high[layer]
+                done = flatten_block(block, streams, outputs, row.scheme, forms[layer], layer, steps, high=of_block)
                 seen = run_all(done.hooks, self.checkpoint, seen, angles)
                 x = run_all(done.hooks, self.checkpoint, x, scored)
                 target = outputs
@@ -171,14 +172,14 @@ def stored_bits(scheme: Scheme, checkpoint: Checkpoint) -> float:
 def run_row(setting: Setting, spelling: str) -> dict[str, Any]:
     """Return the perplexity of a row, the bits it stores, the time it took, and its numbers of channels."""
     row, started = Row.of(spelling), time.perf_counter()
-    transforms, found = setting.transforms(row.scheme), {}
+    forms, found, high = setting.forms(row.scheme), {}, None
     if row.budget is None:
         found["bits"] = stored_bits(row.scheme, setting.checkpoint)
     else:
-        chosen = setting.choose(row, transforms)
-        transforms = transforms.with_high(chosen.high)
+        chosen = setting.choose(row, forms)
+        high = chosen.high
         found["bits"], found["counts"] = chosen.evidence["stored_bits"], chosen.evidence["counts"]
-    found["perplexity"] = setting.perplexity(row, transforms)
+    found["perplexity"] = setting.perplexity(row, forms, high)
     return {**found, "seconds": round(time.perf_counter() - started)}
 
 

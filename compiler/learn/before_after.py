@@ -101,7 +101,7 @@ class _Unflattened(WatchedFloat):
 
     def site(self, site: Site, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        rounded = round_activation(rows, self._scheme.linear.activation_bits)
+        rounded = round_activation(rows, self._scheme.at(site).activation_bits)
         weights = self._token_weights if site in RESIDUAL_SITES else torch.ones(len(rows), device=rows.device)
         made = rounded @ dequantize_weight(self._codes[site]).T
         self._add(site, made, rows @ self._weight(site).T, weights[:, None])

@@ -1,6 +1,7 @@
 """Flatten one decoder block in closed form: transforms from moments, clips by search, weights by GPTQ."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from planish.compiler.learn.before_after import BeforeAfter, compare_block
@@ -13,13 +14,13 @@ from planish.compiler.learn.low_bit import LowBitHooks
 from planish.compiler.learn.refine import Refinement, refine_block
 from planish.compiler.learn.segments import select_rows
 from planish.compiler.learn.site_factors import fit_factors
-from planish.compiler.learn.site_fit import SiteFit, Steps
+from planish.compiler.learn.site_fit import HighCount, SiteFit, Steps
 from planish.compiler.learn.site_moments import residual_weights
 from planish.compiler.learn.streams import Sequences, Streams
 from planish.compiler.quantize.arithmetic import QuantizedWeight
 from planish.passes.high_impact import HighImpact, segments
 from planish.passes.scheme import Scheme
-from planish.passes.transforms import SITES, LayerTransforms, Site
+from planish.passes.transforms import Site
 
 __all__ = ["Flattened", "flatten_block"]
 
@@ -58,7 +59,7 @@ def flatten_block(
     seed: int,
     steps: Steps | None = None,
     refinement: Refinement | None = None,
-    fitted: LayerTransforms | None = None,
+    high: Mapping[Site, HighImpact | HighCount] | None = None,
 ) -> Flattened:
     """Return `block` flattened for `scheme`, with the given form at every site.
 
@@ -71,23 +72,16 @@ def flatten_block(
         seed: of the rotations.
         steps: what is done besides; None is all.
         refinement: how the transforms are refined; None is not at all.
-        fitted: transforms that were fitted before and are taken as they are, with the high-impact channels that were
-            chosen behind them; None fits transforms to the `seen` stream.
+        high: high-impact channels, or how many there are, by site that has any; None is nowhere.
     """
     angles = Angles.of(block.config, streams.target.shape[1], streams.target.device)
-    scales: dict[str, float] = {}
-    if fitted is None:
-        factors, scales = fit_factors(block, streams, outputs, angles, scheme, forms, seed)
-    else:
-        factors = {site: Factors.of(fitted[site], streams.target.device) for site in SITES}
+    factors, scales = fit_factors(block, streams, outputs, angles, scheme, forms, seed)
     refined = None
     if refinement is not None and refinement.epochs:
         refined = refine_block(block, factors, streams, outputs, scheme, refinement)
         factors = refined.factors
     folded = fold_block(block, factors)
     hooks = LowBitHooks(folded, factors, scheme)
-    if fitted is not None:
-        hooks.high = dict(fitted.high)
     steps = steps or Steps()
     if steps.clips:
         first = next(streams.batches())
@@ -96,7 +90,8 @@ def flatten_block(
     codes: dict[str, QuantizedWeight] = {}
     evidence: dict[Site, dict[str, float]] = {}
     for site, modules in SITE_MODULES.items():
-        done = SiteFit(folded, streams, outputs, angles, hooks, site, steps).run(scheme.at(site))
+        chosen = None if high is None else high.get(site)
+        done = SiteFit(folded, streams, outputs, angles, hooks, site, steps, chosen).run(scheme.at(site))
         hooks.clips[site], evidence[site] = done.clip, done.evidence
         if done.high is not None:
             hooks.high[site] = done.high

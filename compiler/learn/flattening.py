@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.flatten_block import Flattened, flatten_block
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.refine import Refinement
-from planish.compiler.learn.site_fit import Steps
+from planish.compiler.learn.site_fit import HighCount, Steps
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.streams import Sequences
 from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.select.plan_file import load_transforms, save_transforms, site_widths
+from planish.passes.high_impact import HighImpact
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, LayerTransforms, Site, Transforms
 
@@ -72,7 +73,7 @@ def flatten_checkpoint(
     seed: int = 0,
     steps: Steps | None = None,
     refinement: Refinement | None = None,
-    fitted: Transforms | None = None,
+    high: Sequence[Mapping[Site, HighImpact | HighCount]] | None = None,
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Transforms:
@@ -88,7 +89,7 @@ def flatten_checkpoint(
         seed: of the rotations' signs.
         steps: see `Steps`; None is all of them.
         refinement: how the closed-form transforms are refined; None is not at all.
-        fitted: transforms to take instead of fitting any, with high-impact channels, which `codes` must know of.
+        high: by block, the high-impact channels of sites, or how many there are, which `codes` must know of.
         device: where a block and a batch are while they are worked on; None is the CPU.
         progress: (blocks done, blocks in all).
 
@@ -114,7 +115,7 @@ def flatten_checkpoint(
                     seed + layer,
                     steps,
                     refinement,
-                    None if fitted is None else fitted.layers[layer],
+                    None if high is None else high[layer],
                 )
                 _check(flattened)
             _keep(folder / f"layer-{layer}", layer, block, flattened, codes)

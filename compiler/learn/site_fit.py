@@ -13,12 +13,12 @@ from planish.compiler.learn.low_bit import LowBitHooks, Reached, round_inputs
 from planish.compiler.learn.segments import Parts, Rounding, assemble, round_segments
 from planish.compiler.learn.site_moments import RESIDUAL_SITES, residual_weights
 from planish.compiler.learn.streams import Sequences, Streams
-from planish.compiler.quantize.arithmetic import channels_of
-from planish.passes.high_impact import HighImpact, Segment, segments
+from planish.compiler.quantize.arithmetic import channels_of, dequantize_weight, quantize_weight
+from planish.passes.high_impact import Channels, HighImpact, Segment, segments
 from planish.passes.scheme import LinearFormat
 from planish.passes.transforms import Site
 
-__all__ = ["FittedSite", "SiteFit", "Steps"]
+__all__ = ["FittedSite", "HighCount", "SiteFit", "Steps"]
 
 #: Ridges tried for the least-squares step before rounding, as shares of the Hessian's mean diagonal.
 _RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -39,6 +39,21 @@ class Steps:
     clips: bool = True
     fit: bool = True
     rounding: Rounding = "gptq"
+
+
+@dataclasses.dataclass(frozen=True)
+class HighCount:
+    """How many channels of a site are high-impact ones. Which ones is found when its transform is there.
+
+    Attributes:
+        bits: of their weight codes.
+        count: how many.
+        row_weights: what an error of each output of the site's linears, stacked, counts, float32 [out]; None is alike.
+    """
+
+    bits: int
+    count: int
+    row_weights: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +87,7 @@ class SiteFit:
         hooks: run the folded block with all sites in front on their grids.
         site: which one.
         steps: what is done.
+        high: its high-impact channels, or how many there are; None is none.
     """
 
     folded: Block
@@ -81,16 +97,17 @@ class SiteFit:
     hooks: LowBitHooks
     site: Site
     steps: Steps
+    high: HighImpact | HighCount | None = None
 
     def run(self, form: LinearFormat) -> FittedSite:
-        """Fit and round the linears of the site to `form`, and to more bits where the hooks know of such channels.
+        """Fit and round the linears of the site to `form`, and to more bits where channels are high-impact ones.
 
         Before they are rounded, the weights are moved to where they best make up for the rounding of their inputs.
         What went wrong in earlier blocks is left alone: making up for that too suits the text it is fitted to and
         hardly any other (measured: docs/measurements.md).
         """
         weight = torch.cat([self.folded.weight(module) for module in SITE_MODULES[self.site]])
-        clip, high = self._clips(weight, form)
+        clip, high = self._grids(weight, form)
         parts = segments(form, high, clip)
         hessian, cross = self._moments(weight, parts)
         candidates = {0.0: weight}
@@ -116,12 +133,15 @@ class SiteFit:
         }
         return FittedSite(clip, high, rounded, best, evidence)
 
-    def _clips(self, weight: Tensor, form: LinearFormat) -> tuple[float, HighImpact | None]:
+    def _grids(self, weight: Tensor, form: LinearFormat) -> tuple[float, HighImpact | None]:
         """Return the clip of the site, and the high-impact channels with theirs."""
-        high = self.hooks.high.get(self.site)
+        first, token_weights = next(self._inputs())
+        high = self.high
+        if isinstance(high, HighCount):
+            moment = (token_weights[:, None] * first.square()).mean(0)
+            high = HighImpact(high.bits, _ranked(weight, moment, high.row_weights, form), high.count)
         if not self.steps.clips:
             return 1.0, high
-        first, token_weights = next(self._inputs())
         x, token_weights = first[:_CLIP_ROWS], token_weights[:_CLIP_ROWS]
         *above, clip = (
             search_clip(channels_of(x, each), channels_of(weight, each), each.format, token_weights)
@@ -167,3 +187,21 @@ class SiteFit:
                 self.hooks.stop = None
             weighs = self.site in RESIDUAL_SITES
             yield x, residual_weights(self.outputs[part]) if weighs else torch.ones(len(x), device=x.device)
+
+
+def _ranked(weight: Tensor, moment: Tensor, row_weights: Tensor | None, form: LinearFormat) -> Channels:
+    """Return the input channels of a weight, those whose rounding costs most first, int64 [in].
+
+    That is sum_i f_i E[x_j^2] (W_ij - Q_ij)^2, the Fisher information in the factors that K-FAC (arXiv 1503.05671)
+    takes it apart into: f of outputs, which no transform of the inputs changes, and E[x^2] of inputs as they are now.
+
+    Args:
+        weight: float32 [out, in].
+        moment: E[x^2], float32 [in].
+        row_weights: f, [out]; None is 1.
+        form: what it is rounded to.
+    """
+    lost = (weight - dequantize_weight(quantize_weight(weight, form))).square()
+    if row_weights is not None:
+        lost = lost * row_weights.to(lost)[:, None]
+    return torch.argsort(moment * lost.sum(0), descending=True, stable=True).cpu().numpy()

@@ -25,7 +25,7 @@ from planish.compiler.learn.segments import Rounding
 from planish.compiler.learn.site_fit import Steps
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.transformed import TransformedCheckpoint
-from planish.compiler.pipeline.high_impact import FittedChannels, HighChannels, fit_channels
+from planish.compiler.pipeline.high_impact import HighChannels, place_high_channels, unranked
 from planish.compiler.pipeline.loud_sites import loudest_sites
 from planish.compiler.progress import Progress
 from planish.compiler.quantize.codes import CodesOnDisk
@@ -34,7 +34,6 @@ from planish.compiler.select.choose_forms import choose_forms
 from planish.compiler.select.forms import online_flops
 from planish.compiler.select.policy import SelectionPolicy
 from planish.compiler.select.site_choice import HighChoice, SiteChoice, transforms_entry
-from planish.passes.high_impact import no_high_impact
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, Site, Transforms
 
@@ -97,36 +96,36 @@ def flatten(
     """Flatten `checkpoint` for `scheme`, working in `folder`; refine each block and polish the whole for some epochs.
 
     All of it is computed on `device`, which holds a block and a batch, and the whole model only while that writes the
-    text or is polished. See `flatten_checkpoint` and `polish` for what a killed run keeps. With high-impact channels,
-    transforms are fitted before blocks are flattened, and channels are chosen behind them.
+    text or is polished. See `flatten_checkpoint` and `polish` for what a killed run keeps. How many
+    channels are high is chosen before blocks are flattened, and which ones then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokens = calibration_on_disk(checkpoint, settings, folder, progress, device)
     chosen = choose_forms(checkpoint, scheme, policy, tokens, folder, progress, settings.seed, device)
-    fitted: FittedChannels | None = None
-    if high.any:
-        forms = [each.forms for each in chosen]
-        fitted = fit_channels(high, checkpoint, scheme, forms, tokens, folder, settings.seed, progress, device)
-    high_of = no_high_impact if fitted is None else fitted.transforms.high
+    forms = [each.forms for each in chosen]
+    placed, choice = place_high_channels(
+        high, checkpoint, scheme, forms, tokens, folder, settings.seed, progress, device
+    )
     codes_folder.mkdir(exist_ok=True)
-    rounded = codes = CodesOnDisk(codes_folder, checkpoint, scheme, high_of)
-    if polish_epochs:
-        (folder / _CODES).mkdir(exist_ok=True)
-        rounded = CodesOnDisk(folder / _CODES, checkpoint, scheme, high_of)
+    first_folder = folder / _CODES if polish_epochs else codes_folder
+    first_folder.mkdir(exist_ok=True)
+    unordered = CodesOnDisk(first_folder, checkpoint, scheme, unranked(placed, checkpoint.config).high)
     transforms = flatten_checkpoint(
         checkpoint,
         scheme,
-        [each.forms for each in chosen],
+        forms,
         tokens,
         folder,
-        rounded,
+        unordered,
         seed=settings.seed,
         steps=Steps(rounding=rounding),
         refinement=Refinement(epochs=refine_epochs, seed=settings.seed) if refine_epochs else None,
-        fitted=None if fitted is None else fitted.transforms,
+        high=placed,
         device=device,
         progress=lambda done, total: progress.step("flatten", done, total),
     )
+    # Which channels are high is known by now.
+    rounded, codes = (CodesOnDisk(each, checkpoint, scheme, transforms.high) for each in (first_folder, codes_folder))
     measured = read_evidence(folder, len(chosen))
     choices = [
         SiteChoice(
@@ -136,19 +135,15 @@ def flatten(
             kind=kind_of(each.forms[site]),
             cost_flops=online_flops(site, transforms.layers[layer][site], checkpoint.config),
             error=measured[layer].get(site, {}).get("error"),
-            evidence={
-                **each.evidence.get(site, {}),
-                **measured[layer].get(site, {}),
-                **(fitted.evidence[layer].get(site, {}) if fitted is not None else {}),
-            },
+            evidence={**each.evidence.get(site, {}), **measured[layer].get(site, {})},
             high=_high_choice(transforms, layer, site),
         )
         for layer, each in enumerate(chosen)
         for site in SITES
     ]
     entry = transforms_entry(choices, policy, checkpoint.config, checkpoint.fingerprint())
-    if fitted is not None and fitted.chosen:
-        entry["high_impact"] = fitted.chosen
+    if choice:
+        entry["high_impact"] = choice
     before = TransformedCheckpoint(checkpoint, transforms), rounded
     divergence, cross_entropy = _held_out(checkpoint, scheme, tokens, folder, device)
     progress.step("compare", 1, 1)

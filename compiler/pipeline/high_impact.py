@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import PlanError, SelectionError
 from planish.compiler.learn.candidates import Form
+from planish.compiler.learn.site_fit import HighCount
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.progress import Progress
 from planish.compiler.select.fitted_transforms import fit_transforms
@@ -25,12 +26,12 @@ from planish.passes.scheme import Scheme
 from planish.passes.transforms import HighImpacts, LayerTransforms, Site, Transform, Transforms
 
 __all__ = [
-    "FittedChannels",
     "HighChannels",
-    "fit_channels",
     "high_channels",
     "high_impact_fingerprint",
+    "place_high_channels",
     "read_high_impact",
+    "unranked",
     "untransformed",
 ]
 
@@ -77,22 +78,7 @@ def high_channels(recipe: Recipe, checkpoint: Checkpoint, scheme: Scheme) -> Hig
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class FittedChannels:
-    """Transforms with high-impact channels behind them, before blocks are flattened.
-
-    Attributes:
-        transforms: without clips.
-        evidence: by layer and site, what was measured while they were fitted.
-        chosen: what plan.json holds of the choice of channels; empty where they were given.
-    """
-
-    transforms: Transforms
-    evidence: list[dict[Site, dict[str, float]]]
-    chosen: dict[str, Any]
-
-
-def fit_channels(
+def place_high_channels(
     high: HighChannels,
     checkpoint: Checkpoint,
     scheme: Scheme,
@@ -102,14 +88,30 @@ def fit_channels(
     seed: int,
     progress: Progress,
     device: torch.device,
-) -> FittedChannels:
-    """Fit the transforms, and choose the channels behind them unless they are given; see `fit_transforms`."""
-    transforms, scales = fit_transforms(checkpoint, scheme, forms, token_ids, folder, progress, seed, device)
-    evidence: list[dict[Site, dict[str, float]]] = [{"ffn_out": each} for each in scales]
+) -> tuple[list[Mapping[Site, HighImpact | HighCount]] | None, dict[str, Any]]:
+    """Return by block the channels that were given, or how many a policy chooses, and what plan.json says of that.
+
+    None is no high-impact channels anywhere.
+    """
+    layers = checkpoint.config.num_hidden_layers
     if high.policy is None:
-        return FittedChannels(transforms.with_high(high.given), evidence, {})
+        return ([high.given.get(layer, {}) for layer in range(layers)] if high.given else None), {}
+    transforms, _ = fit_transforms(checkpoint, scheme, forms, token_ids, folder, progress, seed, device)
     chosen = choose_channels(high.policy, checkpoint, scheme.linear, transforms, token_ids, folder, progress, device)
-    return FittedChannels(transforms.with_high(chosen.high), evidence, chosen.evidence)
+    return [*chosen.high], chosen.evidence
+
+
+def unranked(high: Sequence[Mapping[Site, HighImpact | HighCount]] | None, config: LlamaConfig) -> Transforms:
+    """Return transforms that change nothing, whose high-impact channels have bits and numbers, and any order."""
+    widths, found = site_widths(config), untransformed(config)
+    if high is None:
+        return found
+    return found.with_high(
+        {
+            layer: {site: HighImpact(each.bits, np.arange(widths[site]), each.count) for site, each in of_layer.items()}
+            for layer, of_layer in enumerate(high)
+        }
+    )
 
 
 def read_high_impact(recipe: Recipe, checkpoint: Checkpoint, scheme: Scheme) -> HighImpacts:

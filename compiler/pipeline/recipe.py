@@ -14,10 +14,9 @@ from planish.compiler.errors import CalibrationError, RecipeError, SelectionErro
 from planish.compiler.learn.device import device_kind
 from planish.compiler.learn.segments import Rounding
 from planish.compiler.pipeline.recipe_file import RecipeFile
-from planish.compiler.select.high_channels import HighPolicy
+from planish.compiler.select.high_channels import HighPolicy, RankScore
 from planish.compiler.select.overrides import SiteOverride
 from planish.compiler.select.policy import SelectionPolicy
-from planish.compiler.select.sensitivity import Score
 from planish.passes.scheme import Scheme
 
 __all__ = ["TARGETS", "Recipe", "Target"]
@@ -68,8 +67,8 @@ class Recipe(BaseModel):
     """Of the weights of high-impact channels; None is 4, or 8 where the scheme has 4."""
     hic_candidates: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] | None = None
     """Shares that `solved` tries; None is some around what the budget allows."""
-    hic_score: Score = "damage"
-    """What ranks channels: `damage`, `fisher` or `moment`, see `Score`."""
+    hic_score: RankScore = "damage"
+    """What ranks channels: `damage` or `moment`, see `Score`."""
     hic_weighting: bool = True
     """Whether a block's loss counts by how much the model's loss depends on its output."""
     round: Rounding = "gptq"

@@ -1,11 +1,12 @@
-"""Choose which input channels keep more bits: ranked by sensitivity, their numbers solved within a budget of bits.
+"""Choose how many input channels of every site keep more bits, all together within a budget of bits.
 
-Channels are those behind the transforms, which are there already (`fitted_transforms.py`). The Fisher information of
-the float model ranks them, `pair_losses.py` measures what numbers of them cost each block, and `ratios.py` solves for
-the numbers of all blocks together (arXiv 2511.17801).
+Channels are those behind the transforms of the float model (`fitted_transforms.py`). Its Fisher information ranks them,
+`pair_losses.py` measures what numbers of them cost each block, and `ratios.py` solves for the numbers of all blocks
+together (arXiv 2511.17801). Which channels they are is found again when a block is flattened (`learn/site_fit.py`).
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import torch
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.errors import SelectionError
 from planish.compiler.learn.block import SITE_MODULES
+from planish.compiler.learn.site_fit import HighCount
 from planish.compiler.progress import Progress
 from planish.compiler.select.channel_split import ChannelSplit
 from planish.compiler.select.pair_losses import BY_SITE, PairLosses, group_shapes, measure_pair_losses
@@ -27,18 +29,18 @@ from planish.compiler.select.ratios import (
     counts_of_share,
     fixed_counts,
 )
-from planish.compiler.select.sensitivity import BlockSensitivity, Score, channel_order, measure_sensitivity
-from planish.passes.high_impact import HighImpact
+from planish.compiler.select.sensitivity import BlockSensitivity, channel_order, measure_sensitivity
 from planish.passes.scheme import LinearFormat
-from planish.passes.transforms import HighImpacts, Site, Transforms
+from planish.passes.transforms import Site, Transforms
 
 __all__ = [
     "SEQUENCES",
     "ChosenChannels",
     "HighPolicy",
+    "RankScore",
     "check_high_policy",
     "choose_channels",
-    "high_impacts",
+    "high_counts",
     "numbers_to_try",
 ]
 
@@ -46,8 +48,12 @@ __all__ = [
 SEQUENCES = 8
 #: Losses are measured on one token of so many: all choices on the same ones, so that they compare.
 _EVERY = 4
-#: Shares tried, as multiples of the one at which all groups alike use up the budget.
+#: Shares tried, as multiples of the one that the budget allows all sites alike.
 _MULTIPLES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+
+
+#: The scores that channels can be ranked by behind transforms that are fitted later.
+RankScore = Literal["damage", "moment"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +67,7 @@ class HighPolicy:
         share: of the channels of every site; None where `average` is given.
         name: `solved`, numbers of least loss together, or `fixed`, one share for all sites.
         candidates: shares tried by `solved`; None is some around what the budget allows.
-        score: what ranks channels.
+        score: what ranks channels; see `Score`.
         weighted: whether the loss of a block counts by how much the model's loss depends on its output.
     """
 
@@ -70,7 +76,7 @@ class HighPolicy:
     share: float | None = None
     name: Literal["solved", "fixed"] = "solved"
     candidates: tuple[float, ...] | None = None
-    score: Score = "damage"
+    score: RankScore = "damage"
     weighted: bool = True
 
 
@@ -79,11 +85,11 @@ class ChosenChannels:
     """What was chosen.
 
     Attributes:
-        high: the channels, by layer and site.
+        high: by layer, how many channels of each site there are that has any.
         evidence: what plan.json holds of it under `high_impact`.
     """
 
-    high: HighImpacts
+    high: list[dict[Site, HighCount]]
     evidence: dict[str, Any]
 
 
@@ -126,7 +132,7 @@ def choose_channels(
     progress: Progress,
     device: torch.device | None = None,
 ) -> ChosenChannels:
-    """Return the high-impact channels of every block; what was measured is kept in `folder`, block by block.
+    """Return how many channels of every block are high; what was measured is kept in `folder`, block by block.
 
     Args:
         policy: how.
@@ -170,7 +176,7 @@ def choose_channels(
             device=device,
         )
         counts = choose_counts(losses, shapes, split, policy.average, block_weights)
-    stored = average_bits(counts, shapes, split)
+    stored = average_bits(counts, shapes, split) - _folded_orders(counts, shapes, split, transforms)
     progress.say(f"high-impact channels: {stored:.3f} bits per weight")
     evidence = {
         **{name: value for name, value in dataclasses.asdict(policy).items() if value is not None},
@@ -179,20 +185,22 @@ def choose_channels(
         "counts": counts,
         "losses": [dataclasses.asdict(each) for each in losses],
     }
-    return ChosenChannels(high_impacts(counts, sensitivity, policy), evidence)
+    return ChosenChannels(high_counts(counts, sensitivity, policy), evidence)
 
 
-def high_impacts(counts: list[Counts], sensitivity: list[BlockSensitivity], policy: HighPolicy) -> HighImpacts:
-    """Return the channels that a score puts first, so many of each site of each block as `counts` says."""
-    found: HighImpacts = {}
-    for layer, (of_layer, block) in enumerate(zip(counts, sensitivity, strict=True)):
-        sites: dict[Site, HighImpact] = {}
+def high_counts(
+    counts: Sequence[Counts], sensitivity: Sequence[BlockSensitivity], policy: HighPolicy
+) -> list[dict[Site, HighCount]]:
+    """Return by block how many channels of each site are high, and what errors of outputs count in ranking them."""
+    found = []
+    for of_layer, block in zip(counts, sensitivity, strict=True):
+        sites: dict[Site, HighCount] = {}
         for site, modules in SITE_MODULES.items():
             if of_layer[site]:
-                order = channel_order(block, modules, "in", policy.score)
-                sites[site] = HighImpact(policy.bits, order.numpy(), of_layer[site])
-        if sites:
-            found[layer] = sites
+                rows = [block.scores[module]["fisher"]["out"] for module in modules]
+                weights = torch.cat(rows) if policy.score == "damage" else None
+                sites[site] = HighCount(policy.bits, of_layer[site], weights)
+        found.append(sites)
     return found
 
 
@@ -201,9 +209,8 @@ def numbers_to_try(policy: HighPolicy, shapes: Shapes, split: ChannelSplit) -> d
     assert policy.average is not None
     shares = policy.candidates
     if shares is None:
-        ends = [{name: each * split.most(split.channels(shapes[name])) for name in shapes} for each in (0, 1)]
-        least, most = (average_bits([each], shapes, split) for each in ends)
-        even = (policy.average - least) / (most - least)
+        fixed = fixed_counts(shapes, split, policy.average)
+        even = max(count / split.channels(shapes[name]) for name, count in fixed.items())
         shares = tuple(multiple * even for multiple in _MULTIPLES)
     numbers = {}
     for name, shape in shapes.items():
@@ -212,3 +219,11 @@ def numbers_to_try(policy: HighPolicy, shapes: Shapes, split: ChannelSplit) -> d
         # The fewest there can be: a share may be too small for a step at every width.
         numbers[name] = sorted({0, min(split.step, split.most(n)), *tried})
     return numbers
+
+
+def _folded_orders(counts: Sequence[Counts], shapes: Shapes, split: ChannelSplit, transforms: Transforms) -> float:
+    """Return the bits per weight that orders at `ffn_out` do not take, where FoldChannelOrderPass folds them away."""
+    width, weights = shapes["ffn_out"][1], sum(rows * inputs for rows, inputs in shapes.values())
+    online = [each.ffn_out.right is not None or each.ffn_out.left is not None for each in transforms.layers]
+    folded = sum(bool(of_layer["ffn_out"]) and not runs for of_layer, runs in zip(counts, online, strict=True))
+    return split.index_bits * width * folded / (len(counts) * weights)

@@ -46,9 +46,9 @@ def logits_error(bundle: Bundle) -> float:
         ("w2a16", {"avg_bits": 3.2, "round": "adaround"}),
         ("w2a16g64", {"avg_bits": 2.9, "hic_policy": "fixed", "hic_bits": 3, "round": "nearest"}),
         ("w2a16g128", {"hic_ratio": 0.3}),
-        ("w3a16", {"avg_bits": 4.3, "polish": 1}),
-        ("w3a3k3v3", {"avg_bits": 4.2, "polish": 1}),
-        ("w3a3k3v3", {"avg_bits": 4.2, "select": "measured"}),
+        ("w3a16", {"avg_bits": 3.9, "polish": 1}),
+        ("w3a3k3v3", {"avg_bits": 3.9, "polish": 1}),
+        ("w3a3k3v3", {"avg_bits": 3.9, "select": "measured"}),
     ],
 )
 def test_bits_are_those_of_the_bundle(

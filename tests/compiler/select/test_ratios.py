@@ -143,9 +143,8 @@ def test_fixed_at_the_ends() -> None:
 
 def test_a_share_becomes_the_closest_steps() -> None:
     assert counts_of_share({"a": (10, 600), "b": (10, 1536)}, KERNEL, 0.15) == {"a": 64, "b": 256}
-    for share, told in ((0.05, "600 channels at a cannot be high: .* Give a share of 0.107 to 0.960"), (0.99, "at a")):
-        with pytest.raises(SelectionError, match=told):
-            counts_of_share({"a": (10, 600)}, KERNEL, share)
+    with pytest.raises(SelectionError, match=r"600 channels at a cannot be high: .* Give a share of 0\.107 to 0\.960"):
+        counts_of_share({"a": (10, 600)}, KERNEL, 0.05)
 
 
 def test_budget() -> None:

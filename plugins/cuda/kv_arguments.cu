@@ -23,7 +23,7 @@ int read_cache(const planish_kv_cache& given, KvCache& cache) {
                     given.kv_heads, given.capacity, kTokenTile);
     }
     if (given.pages && given.capacity % kPageTokens) {
-        return fail(PLANISH_BAD_ARGUMENT, "pages of %d tokens cannot hold %d", kPageTokens, given.capacity);
+        return fail(PLANISH_BAD_ARGUMENT, "pages of %u tokens cannot hold %d", kPageTokens, given.capacity);
     }
     if (given.first < 0 || given.first % kTokenTile || given.first > given.capacity) {
         return fail(PLANISH_BAD_ARGUMENT, "%d first tokens of %d in float16: a multiple of %d", given.first,
@@ -40,8 +40,8 @@ int read_cache(const planish_kv_cache& given, KvCache& cache) {
     cache = {{given.keys, given.key_scales, given.key_bits},
              {given.values, given.value_scales, given.value_bits},
              given.pages,
-             given.pages ? given.capacity / kPageTokens : 0,
-             given.pages ? kPageTokens : given.capacity,
+             given.pages ? given.capacity / static_cast<int>(kPageTokens) : 0,
+             given.pages ? static_cast<int>(kPageTokens) : given.capacity,
              given.capacity,
              given.first_keys,
              given.first_values,

@@ -39,8 +39,9 @@ $(TEST_INSTALL): $(INPUTS) | $(BIN)/python
 
 install: $(TEST_INSTALL) ## make .venv with everything for development
 
-plugins: | $(RUN_INSTALL) ## compile the C++ packer and, where nvcc is found, the CUDA kernels to build/plugins
+plugins: | $(RUN_INSTALL) ## compile the C++ packer and, where nvcc is found, the CUDA kernels and TensorRT plugins to build/plugins
 	$(BIN)/python -m planish.plugins.cuda_build build/plugins/libplanish_kernels.so
+	$(BIN)/python -m planish.plugins.tensorrt.build build/plugins/tensorrt
 
 # A bundle is written atomically, so the model file is there only when the compile is done.
 $(DEMO)/model.onnx: | $(RUN_INSTALL)

@@ -45,8 +45,9 @@ def run_eval(
     from planish.compiler.progress import progress_for
 
     names = options.task_names(tasks)
-    if not names and text is None and dataset is None:
-        raise typer.BadParameter("give --text or --dataset, or --tasks", param_hint="--text")
+    if text is None and dataset is None and (not names or kl or against is not None):
+        wanted = "divergence is measured on --text or --dataset" if names else "give --text or --dataset, or --tasks"
+        raise typer.BadParameter(wanted, param_hint="--text")
     if target not in (None, *_TARGETS):
         raise typer.BadParameter(f"'{target}' is none of {', '.join(_TARGETS)}", param_hint="--target")
     out, found = Output(json), None

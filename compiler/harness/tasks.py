@@ -104,7 +104,9 @@ def score_tasks(
     limit: int | None = None,
     answers: Path | None = None,
 ) -> dict[str, TaskScores]:
-    """Ask a model the examples of tasks, without any solved ones in front, and score its answers as the harness does.
+    """Ask a model the examples of tasks, and score its answers as the harness does.
+
+    How many solved examples stand in front is the task's own setting: none in those of `LOCAL_TASKS`.
 
     Args:
         subject: the model.
@@ -131,7 +133,7 @@ def score_tasks(
         found = evaluate(model, {"tasks": tasks}, limit=limit, bootstrap_iters=0)
     return {
         name: TaskScores(
-            examples=len(found["samples"][name]),
+            examples=found["n-samples"][name]["effective"],
             version=found["versions"].get(name),
             metrics=_metrics(task, found["results"][name], found["samples"][name]),
         )

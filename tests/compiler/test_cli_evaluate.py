@@ -74,9 +74,9 @@ def test_divergence_from_a_named_model(run: Run, bundle: Bundle, tiny: Path, tex
 def test_compare(run: Run, bundle: Bundle, tiny: Path, text: Path, data: Path, tmp_path: Path) -> None:
     chosen = ("--text", text, *FEW, "--tasks", "piqa,arc_easy", "--task-data", data)
     plot = tmp_path / "plot.svg"
-    done = run("compare", bundle.path, tiny, *chosen, "--no-speed", "--plot", plot, "--json")
+    done = run("compare", tiny, bundle.path, *chosen, "--no-speed", "--plot", plot, "--json")
     assert done.code == 0, done.err
-    low, full = done.json["models"]
+    full, low = done.json["models"]
     assert (low["format"], full["format"]) == ("w4a8k8v8", "float32")
     assert done.json["reference"] == "tiny"
     assert full["evaluation"]["kl"] == 0
@@ -154,6 +154,7 @@ def test_bad_requests(run: Run, bundle: Bundle, tiny: Path, text: Path) -> None:
         ["eval", bundle.path, "--text", text, "--target", "tpu"],
         ["eval", tiny, "--text", text, "--kl"],
         ["eval", bundle.path, "--tasks", "piqa", "--limit", 0],
+        ["eval", bundle.path, "--tasks", "piqa", "--kl"],
         ["compare", bundle.path, tiny],
         ["compare", bundle.path, tiny, "--text", text, "--plot", "plot.pdf"],
     ):

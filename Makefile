@@ -62,7 +62,7 @@ test: lint ## lint, then all tests that are quick and need neither a GPU nor the
 test-slow: $(TEST_INSTALL) ## the long tests, one after another with all threads
 	$(BIN)/pytest -m slow
 
-test-gpu: $(TEST_INSTALL) ## the tests that need an NVIDIA GPU
+test-gpu: $(TEST_INSTALL) plugins ## the tests that need an NVIDIA GPU
 	$(BIN)/pytest -m gpu
 
 test-hub: $(TEST_INSTALL) ## the tests that read from the Hugging Face Hub

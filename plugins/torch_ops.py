@@ -128,8 +128,11 @@ class DeviceWeight:
         """
         if scale.shape != (weight.rows,) or scale.dtype != np.float32:
             raise ValueError(f"scales are {scale.dtype} {list(scale.shape)}, and must be float32 [{weight.rows}]")
-        arrays = (weight.words.view(np.int32), weight.row_sums, scale)
-        return cls(*(torch.from_numpy(np.array(each)).to(device) for each in arrays), weight.channels, weight.bits)
+        words, row_sums, scales = (
+            torch.from_numpy(np.array(each)).to(device)
+            for each in (weight.words.view(np.int32), weight.row_sums, scale)
+        )
+        return cls(words, row_sums, scales, weight.channels, weight.bits)
 
     @property
     def rows(self) -> int:
@@ -211,7 +214,7 @@ def quantize_tokens(
         x=_address(x), residual=_address(residual), sum=_address(sum_out), gain=_address(gain), epsilon=epsilon,
         right=_address(right), left=_address(left),
         right_count=0 if right is None else m if right.dim() == 3 else 1, m=m, k=k, permutation=_address(permutation),
-        segments=(CodeSegment * 2)(*((each.channels, each.padded, each.bits, each.clip) for each in segments)),
+        segments=(CodeSegment * 2)(*(CodeSegment(s.channels, s.padded, s.bits, s.clip) for s in segments)),
         segment_count=len(segments), type=_TYPES[x.dtype], order=order, channels=channels, tokens=tokens,
         codes=_address(out.codes), stride=out.codes.shape[1], scales=_address(out.scales),
         zero_sums=_address(out.zero_sums),

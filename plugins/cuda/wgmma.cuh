@@ -36,6 +36,17 @@ struct DeviceWgmma {
     template <class T>
     using PerLane = DeviceWarp::PerLane<T>;
 
+    // Keeps the compiler from moving what reads or writes these registers to the other side of this line: MMAs use them
+    // behind its back.
+    template <class Fragment, int COUNT>
+    static __device__ __forceinline__ void settle(PerLane<Fragment> (&fragments)[COUNT]) {
+        PLANISH_UNROLL
+        for (int i = 0; i < COUNT; ++i) {
+            PLANISH_UNROLL
+            for (int reg = 0; reg < 4; ++reg) asm volatile("" : "+r"(fragments[i].value.reg[reg])::"memory");
+        }
+    }
+
     // Orders what a thread wrote into registers before the MMAs that follow.
     static __device__ __forceinline__ void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -103,12 +114,15 @@ struct HostWgmma {
 
     const uint8_t* memory;
 
+    template <class Fragment, int COUNT>
+    static void settle(PerLane<Fragment> (&)[COUNT]) {}
     static void begin() {}
     static void commit() {}
     template <int COUNT>
     static void wait() {}
 
-    // Reads the tokens as the descriptor says, eight at a time, into fragments of B, for an m16n8k32 each.
+    // Reads the tokens as the descriptor says, eight at a time, into fragments of B, for an m16n8k32 each. The swizzle
+    // is written here a second time: row r of eight has chunk c of 16 bytes at place c xor r / 2.
     template <int TOKEN_TILES>
     void multiply(PerLane<FragmentC> (&c)[TOKEN_TILES], const PerLane<FragmentA>& a, uint64_t descriptor) const {
         const auto start = static_cast<uint32_t>(descriptor & 0x3FFF) * 16;
@@ -121,7 +135,9 @@ struct HostWgmma {
                         const Place at = b_place<4>(lane, reg, field);
                         const uint32_t address = start + static_cast<uint32_t>(j) * stride +
                                                  static_cast<uint32_t>(at.row * kSwizzleRow + at.k);
-                        b[lane].reg[reg] |= uint32_t{memory[swizzled(address)]} << 8 * field;
+                        const uint32_t chunk = address / 16 % 4, row = descriptor >> 62 == 2 ? address / 64 % 8 : 0;
+                        const uint32_t at_byte = address - 16 * chunk + 16 * (chunk ^ row / 2);
+                        b[lane].reg[reg] |= uint32_t{memory[at_byte]} << 8 * field;
                     }
                 }
             }

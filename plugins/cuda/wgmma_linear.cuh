@@ -118,6 +118,11 @@ PLANISH_HD void add_span(LargeSums<Warp, TOKEN_TILES>& sums,
                 load_span_words<BITS, Warp>(words, weights, row_tiles, span + 1, group, load);
             }
         }
+        PLANISH_UNROLL
+        for (int r = 0; r < kLargeRowTiles; ++r) {
+            wgmma.settle(a[tile & 1][r]);
+            wgmma.settle(sums.c[r]);
+        }
         wgmma.begin();
         const uint32_t rows = stage + static_cast<uint32_t>(tile * TOKEN_TILES * kTileTokens * kTileChannels);
         PLANISH_UNROLL
@@ -132,6 +137,8 @@ PLANISH_HD void add_span(LargeSums<Warp, TOKEN_TILES>& sums,
         wgmma.template wait<1>();
     }
     wgmma.template wait<0>();
+    PLANISH_UNROLL
+    for (int r = 0; r < kLargeRowTiles; ++r) wgmma.settle(sums.c[r]);
 }
 
 }  // namespace planish

@@ -23,7 +23,7 @@ int read_cache(const planish_kv_cache& given, KvCache& cache) {
                     given.kv_heads, given.capacity, kTokenTile);
     }
     if (given.pages && given.capacity % kPageTokens) {
-        return fail(PLANISH_BAD_ARGUMENT, "pages of %d tokens cannot hold %d", kPageTokens, given.capacity);
+        return fail(PLANISH_BAD_ARGUMENT, "pages of %u tokens cannot hold %d", kPageTokens, given.capacity);
     }
     if (given.first < 0 || given.first % kTokenTile || given.first > given.capacity) {
         return fail(PLANISH_BAD_ARGUMENT, "%d first tokens of %d in float16: a multiple of %d", given.first,
@@ -40,8 +40,8 @@ int read_cache(const planish_kv_cache& given, KvCache& cache) {
     cache = {{given.keys, given.key_scales, given.key_bits},
              {given.values, given.value_scales, given.value_bits},
              given.pages,
-             given.pages ? given.capacity / kPageTokens : 0,
-             given.pages ? kPageTokens : given.capacity,
+             given.pages ? given.capacity / static_cast<int>(kPageTokens) : 0,
+             given.pages ? static_cast<int>(kPageTokens) : given.capacity,
              given.capacity,
              given.first_keys,
              given.first_values,
@@ -109,6 +109,8 @@ int check_append(const planish_append& task) {
                          int64_t{task.heads} * head_dim);
 }
 
+}  // namespace
+
 int read_shapes(const planish_attend& given, Attend& task) {
     task = {};
     if (const int status = read_cache(given.cache, task.cache)) return status;
@@ -126,8 +128,6 @@ int read_shapes(const planish_attend& given, Attend& task) {
     task.score_scale = given.score_scale * 1.4426950408889634f;
     return PLANISH_OK;
 }
-
-}  // namespace
 
 int read_append(const planish_append& given, Append& task) {
     task = {};
@@ -151,15 +151,12 @@ int read_append(const planish_append& given, Append& task) {
     return PLANISH_OK;
 }
 
-int plan_attend(planish_attend& given, int multiprocessors) {
-    Attend task;
-    if (const int status = read_shapes(given, task)) return status;
+void plan_attend(const Attend& task, int blocks, planish_attend& given) {
     const int heads = task.news.batch * task.cache.kv_heads;
-    const int most = ceil_div(task.cache.capacity, kSplitTokens), wanted = multiprocessors * kBlocksPerSm / heads;
+    const int most = ceil_div(task.cache.capacity, kSplitTokens), wanted = blocks / heads;
     const bool few = columns_of(task) <= kColumns;
     given.splits = !few || wanted < 1 ? 1 : wanted < most ? wanted : most;
     given.workspace_bytes = given.splits > 1 ? part_bytes(task, given.splits) + heads * kCounterBytes : 0;
-    return PLANISH_OK;
 }
 
 int read_attend(const planish_attend& given, Attend& task) {

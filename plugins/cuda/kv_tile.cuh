@@ -55,7 +55,8 @@ struct PackedTile {
 };
 
 // Sixteen of the first tokens, in float16: in the place of a code stands value * 2^(shift - kFirstExponent), and the
-// grid has the scale that makes a value of it again. Magnitudes up to 1000 fit; what float16 loses is below 2^-18.
+// grid has the scale that makes a value of it again. No shift is above that, so every float16 fits; what is lost is
+// below 2^-18.
 //
 // There are few such tiles, and gathering their elements into registers would take more registers than all the rest: a
 // lane puts them into shared memory of its own, one after the other, and reads them back.
@@ -289,7 +290,7 @@ PLANISH_HD void attend_tile(const KvCache& cache, const Tile& tile, int first_to
     Scores<Warp> scores[TILES] = {};
     multiply_keys<Warp, D>(cache.keys.bits, tile, queries, scores);
     typename Warp::template PerLane<TokenNumbers> tokens;
-    const auto middle = static_cast<float>(1 << (cache.values.bits - 1));
+    const float middle = power_of_two(cache.values.bits - 1);
     Warp::each([&](int lane) { tokens[lane] = token_numbers(tile, lane / 4, first_token, limit, middle); });
     typename Warp::template PerLane<FragmentB> weights[TILES], negative[TILES];
     PLANISH_UNROLL

@@ -23,6 +23,7 @@ struct KvDeviceWarp : DeviceWarp {
     static __device__ __forceinline__ void each(Function function) {
         int lane = static_cast<int>(threadIdx.x) % kLanes;
         asm volatile("" : "+r"(lane));
+        __builtin_assume(lane >= 0 && lane < kLanes);
         function(lane);
     }
 

@@ -54,27 +54,35 @@ PLANISH_HD int warp_bytes(const KvCache& cache, int tiles) {
     return stages > parts ? stages : ceil_div(parts, kCopyBytes) * kCopyBytes;
 }
 
+// Calls move(chunk) for a lane's chunks of CHUNKS, which neighbouring lanes take side by side.
+template <int CHUNKS, class Move>
+PLANISH_HD void each_chunk(int lane, Move move) {
+    PLANISH_UNROLL
+    for (int i = 0; i < CHUNKS; i += kLanes) {
+        if (i + kLanes <= CHUNKS || i + lane < CHUNKS) move(i + lane);
+    }
+}
+
 // Copies a tile, the 16 rows from `row` on. `copy.bytes16(to, from)` moves 16 bytes.
 template <int D, class Warp, class Copy>
 PLANISH_HD void fill_stage(const KvCache& cache, const StageLayout& layout, int64_t row, uint8_t* stage, Copy& copy) {
     Warp::each([&](int lane) {
         with_bits(cache.keys.bits, [&](auto bits) {
-            constexpr int kChunks = kTokenTile * Row<decltype(bits)::value, D>::kWords * 4 / kCopyBytes;
-            const uint8_t* from = cache.keys.codes + row * (kChunks * kCopyBytes / kTokenTile);
-            PLANISH_UNROLL
-            for (int c = lane; c < kChunks; c += kLanes) copy.bytes16(stage + c * kCopyBytes, from + c * kCopyBytes);
+            using R = Row<decltype(bits)::value, D>;
+            const uint8_t* from = cache.keys.codes + row * (R::kWords * 4);
+            each_chunk<kTokenTile * R::kWords * 4 / kCopyBytes>(
+                lane, [&](int c) { copy.bytes16(stage + c * kCopyBytes, from + c * kCopyBytes); });
         });
         with_bits(cache.values.bits, [&](auto bits) {
             using R = Row<decltype(bits)::value, D>;
             constexpr int kChunks = kTokenTile * R::kWords * 4 / kCopyBytes;
             // Chunks of a row, or of all rows where they are not padded.
-            constexpr int kRun = R::kWords % 4 ? kChunks : R::kWords / 4;
+            constexpr unsigned kRun = kValueStride<R> == R::kWords ? kChunks : R::kWords / 4;
             const uint8_t* from = cache.values.codes + row * (R::kWords * 4);
-            PLANISH_UNROLL
-            for (int c = lane; c < kChunks; c += kLanes) {
-                const int to = c / kRun * 4 * kValueStride<R> + c % kRun * kCopyBytes;
+            each_chunk<kChunks>(lane, [&](unsigned c) {
+                const unsigned to = c / kRun * 4 * kValueStride<R> + c % kRun * kCopyBytes;
                 copy.bytes16(stage + layout.values + to, from + c * kCopyBytes);
-            }
+            });
         });
         constexpr int kGridChunks = kTokenTile * 4 / kCopyBytes;
         if (lane < 2 * kGridChunks) {
@@ -101,6 +109,8 @@ PLANISH_HD void attend_tiles(const Attend& task, int sequence, int kv_head, int 
                                  reinterpret_cast<uint32_t*>(stages)};
         attend_tile<Warp, D>(cache, first, tile * kTokenTile, limit, queries, sums);
     }
+    // First tiles go through the memory of the stages, which other lanes fill from here on.
+    Warp::wait();
     const StageLayout layout = stage_layout<D>(cache);
     const auto fill = [&](int filled, int stage) {
         if (filled < end) {

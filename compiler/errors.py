@@ -117,7 +117,7 @@ class EngineBuildError(PlanishError):
 
 
 class EngineMismatchError(PlanishError):
-    """An engine was built for another GPU, TensorRT version or CUDA version than the one at hand."""
+    """An engine or a plugin library is for another GPU, TensorRT, CUDA or planish than what is here, or missing."""
 
     exit_code = 22
 

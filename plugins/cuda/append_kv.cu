@@ -8,9 +8,12 @@ namespace planish {
 namespace {
 
 constexpr int kAppendWarps = 4;
+// Blocks on a multiprocessor at once, at least: a thread of one row has up to 64 registers, of several up to 128.
+template <int ROWS>
+constexpr int kBlocks = ROWS == 1 ? 8 : 4;
 
 template <int D, int ROWS, bool MAPPED>
-__global__ void __launch_bounds__(kAppendWarps* kLanes) append_kv(const __grid_constant__ Append task) {
+__global__ void __launch_bounds__(kAppendWarps* kLanes, kBlocks<ROWS>) append_kv(const __grid_constant__ Append task) {
     __shared__ __align__(16) float rows[MAPPED ? kAppendWarps * ROWS * D : 4];
     const int warp = KvDeviceWarp::index();
     const int64_t index = int64_t{blockIdx.x} * kAppendWarps + warp;

@@ -1,12 +1,12 @@
 // The launchers of kv_warps.cuh: attention of few queries with the tokens split over blocks, and of many.
 //
 // Few columns (at most 8: new tokens times queries of a KV head): a block of 4 warps for each split of a sequence and
-// KV head. There are as many splits as fill the GPU once, with kBlocksPerSm blocks on each multiprocessor. How many
-// tokens a sequence has is read on the GPU, so the grid is that of the longest, and the splits of a short one are
-// short. The block of a sequence and KV head that is done last merges the splits; it is found by counting.
+// KV head, and as many splits as fill the GPU once. How many tokens a sequence has is read on the GPU, so the grid is
+// that of the longest, and the splits of a short one are short. The block of a sequence and KV head that is done last
+// merges the splits; it is found by counting.
 //
-// Registers: 128 at most for few columns, so that 16 warps are on a multiprocessor, each with 3 tiles under way: 80 KB at 3
-// bits and 128 channels, four times what the latency of memory takes.
+// Registers: 128 at most for few columns, so that 16 warps are on a multiprocessor, each with 3 tiles under way: 80 KB
+// at 3 bits and 128 channels, four times what the latency of memory takes.
 
 #include "copy_async.cuh"
 #include "kv_arguments.cuh"
@@ -16,6 +16,12 @@ namespace planish {
 namespace {
 
 constexpr int kThreads = kAttendWarps * kLanes;
+// Blocks of few columns on a multiprocessor at once, at least. For Blackwell nvcc needs more than 128 registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kBlocks = 3;
+#else
+constexpr int kBlocks = 4;
+#endif
 // What a block may have without asking.
 constexpr int kFreeSharedBytes = 48 << 10;
 
@@ -36,7 +42,7 @@ struct Workspace {
 };
 
 template <int D>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     attend_few(const __grid_constant__ Attend task, const Workspace workspace) {
     extern __shared__ __align__(16) uint8_t shared[];
     __shared__ bool is_last;
@@ -101,13 +107,25 @@ int launch_many(const Attend& task, cudaStream_t stream) {
 
 extern "C" int planish_plan_attend(planish_attend* given) {
     using namespace planish;
-    int device = 0, multiprocessors = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) {
-        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    }
-    if (error != cudaSuccess) return fail(PLANISH_CUDA_FAILED, "no GPU can be asked: %s", cudaGetErrorString(error));
-    return plan_attend(*given, multiprocessors);
+    Attend task;
+    if (const int status = read_shapes(*given, task)) return status;
+    return with_head_dim(task.cache.head_dim, [&](auto head_dim) {
+        constexpr int kD = decltype(head_dim)::value;
+        const int bytes = kAttendWarps * warp_bytes<kD>(task.cache, 1);
+        int device = 0, multiprocessors = 0, blocks = 0;
+        cudaError_t error = cudaGetDevice(&device);
+        if (error == cudaSuccess) {
+            error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+        }
+        if (error == cudaSuccess) {
+            allow_shared(attend_few<kD>, bytes);
+            error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, attend_few<kD>, kThreads, bytes);
+        }
+        if (error != cudaSuccess)
+            return fail(PLANISH_CUDA_FAILED, "no GPU can be asked: %s", cudaGetErrorString(error));
+        plan_attend(task, multiprocessors * blocks, *given);
+        return static_cast<int>(PLANISH_OK);
+    });
 }
 
 extern "C" int planish_attend_kv(const planish_attend* given, void* stream) {

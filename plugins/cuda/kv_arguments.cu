@@ -109,6 +109,8 @@ int check_append(const planish_append& task) {
                          int64_t{task.heads} * head_dim);
 }
 
+}  // namespace
+
 int read_shapes(const planish_attend& given, Attend& task) {
     task = {};
     if (const int status = read_cache(given.cache, task.cache)) return status;
@@ -126,8 +128,6 @@ int read_shapes(const planish_attend& given, Attend& task) {
     task.score_scale = given.score_scale * 1.4426950408889634f;
     return PLANISH_OK;
 }
-
-}  // namespace
 
 int read_append(const planish_append& given, Append& task) {
     task = {};
@@ -151,15 +151,12 @@ int read_append(const planish_append& given, Append& task) {
     return PLANISH_OK;
 }
 
-int plan_attend(planish_attend& given, int multiprocessors) {
-    Attend task;
-    if (const int status = read_shapes(given, task)) return status;
+void plan_attend(const Attend& task, int blocks, planish_attend& given) {
     const int heads = task.news.batch * task.cache.kv_heads;
-    const int most = ceil_div(task.cache.capacity, kSplitTokens), wanted = multiprocessors * kBlocksPerSm / heads;
+    const int most = ceil_div(task.cache.capacity, kSplitTokens), wanted = blocks / heads;
     const bool few = columns_of(task) <= kColumns;
     given.splits = !few || wanted < 1 ? 1 : wanted < most ? wanted : most;
     given.workspace_bytes = given.splits > 1 ? part_bytes(task, given.splits) + heads * kCounterBytes : 0;
-    return PLANISH_OK;
 }
 
 int read_attend(const planish_attend& given, Attend& task) {

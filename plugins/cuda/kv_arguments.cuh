@@ -9,8 +9,6 @@
 
 namespace planish {
 
-// Blocks of few columns that a multiprocessor has at once.
-constexpr int kBlocksPerSm = 4;
 // Fewer tokens than this are not worth a block.
 constexpr int kSplitTokens = 2 * kAttendWarps * kTokenTile;
 constexpr int64_t kCounterBytes = sizeof(uint32_t);
@@ -27,7 +25,11 @@ int read_append(const planish_append& given, Append& task);
 // The same for attention.
 int read_attend(const planish_attend& given, Attend& task);
 
-// Sets splits and workspace_bytes: as many splits as fill the GPU once and are worth a block each.
-int plan_attend(planish_attend& given, int multiprocessors);
+// Checks shapes and turns them into the form that plans take.
+int read_shapes(const planish_attend& given, Attend& task);
+
+// Sets splits and workspace_bytes of a task of these shapes: as many splits as fill the GPU once, which has room for
+// `blocks` of them, and are worth a block each.
+void plan_attend(const Attend& task, int blocks, planish_attend& given);
 
 }  // namespace planish

@@ -7,8 +7,12 @@ namespace planish::plugin {
 
 constexpr const char* kNamespace = "planish";
 constexpr int kLayout = 1;
-// Compute capabilities, times ten, that have kernels.
+// Compute capabilities, times ten, that have kernels: those that CMake compiles for.
+#if defined(PLANISH_SMS)
+constexpr int kSms[] = {PLANISH_SMS};
+#else
 constexpr int kSms[] = {80, 86, 87, 89, 90, 100, 120};
+#endif
 
 // Transforms, permutes and quantises tokens: PlanishQuantizeActivation behind PlanishTransform.
 struct PlanishQuantizeTokens {

@@ -35,8 +35,12 @@ def contracts_header() -> str:
         "",
         f'constexpr const char* kNamespace = "{DOMAIN}";',
         f"constexpr int kLayout = {LAYOUT};",
-        "// Compute capabilities, times ten, that have kernels.",
+        "// Compute capabilities, times ten, that have kernels: those that CMake compiles for.",
+        "#if defined(PLANISH_SMS)",
+        "constexpr int kSms[] = {PLANISH_SMS};",
+        "#else",
         f"constexpr int kSms[] = {{{sms}}};",
+        "#endif",
     ]
     for contract in PLUGINS:
         lines += ["", *_struct(contract)]

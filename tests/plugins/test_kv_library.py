@@ -145,7 +145,7 @@ def test_attention_that_is_refused(changes: dict[str, object], message: str) -> 
     ("batch", "capacity", "heads", "splits"),
     [(1, 128, 4, 1), (1, 1024, 4, 8), (1, 65536, 4, 16), (4, 65536, 4, 4), (100, 65536, 4, 1), (1, 65536, 18, 1)],
 )
-def test_plans_for_eight_multiprocessors(batch: int, capacity: int, heads: int, splits: int) -> None:
+def test_plans_for_32_blocks(batch: int, capacity: int, heads: int, splits: int) -> None:
     """Two KV heads: 16 splits fill 32 places, a split has 128 tokens at least, more than 8 columns are not split."""
     task = attend_task(heads=heads, news=TokenCounts(batch=batch, tokens=1, past=SOMEWHERE))
     task.cache = cache_arrays(capacity=capacity)

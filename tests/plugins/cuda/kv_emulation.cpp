@@ -57,8 +57,8 @@ struct Choices {
 } choices;
 
 constexpr int kThreads = 96;
-// Of the GPU that splits are planned for.
-constexpr int kMultiprocessors = 8;
+// Blocks of the GPU that splits are planned for.
+constexpr int kBlocks = 32;
 
 template <int D>
 void attend_few(const Attend& task, int splits, float* workspace) {
@@ -154,7 +154,12 @@ int planish_append_kv(const planish_append* given, void*) {
     return PLANISH_OK;
 }
 
-int planish_plan_attend(planish_attend* given) { return plan_attend(*given, kMultiprocessors); }
+int planish_plan_attend(planish_attend* given) {
+    Attend task;
+    if (const int status = read_shapes(*given, task)) return status;
+    plan_attend(task, kBlocks, *given);
+    return PLANISH_OK;
+}
 
 int planish_attend_kv(const planish_attend* given, void*) {
     Attend task;

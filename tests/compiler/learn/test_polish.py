@@ -61,16 +61,24 @@ class Case:
         """Return what polishing minimises, of the oracle's logits against transformers'."""
         from transformers import LlamaForCausalLM
 
+        ids = torch.from_numpy(self.ids[-HELD_OUT:])
+        with torch.no_grad():
+            expected = LlamaForCausalLM.from_pretrained(self.model)(ids).logits.log_softmax(-1)
+        found = self.log_probabilities(transforms, row_scales)
+        return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+    def log_probabilities(
+        self, transforms: Transforms, row_scales: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Return those of the oracle for the held-out sequences."""
+
         def codes(name: str):
             weight = self.codes.quantized(name)
             return dataclasses.replace(weight, scale=weight.scale * row_scales[name]) if row_scales else weight
 
-        ids = torch.from_numpy(self.ids[-HELD_OUT:])
         oracle = Oracle(TransformedCheckpoint(self.checkpoint, transforms), self.scheme, codes, None, transforms)
         with torch.no_grad():
-            expected = LlamaForCausalLM.from_pretrained(self.model)(ids).logits.log_softmax(-1)
-            found = oracle.logits(ids).log_softmax(-1)
-        return float((expected.exp() * (expected - found)).sum(-1).mean())
+            return oracle.logits(torch.from_numpy(self.ids[-HELD_OUT:])).log_softmax(-1)
 
 
 @pytest.fixture(scope="module", params=["gqa", "attention_bias", "mlp_bias", "tied", "high"])
@@ -88,6 +96,9 @@ def test_starts_and_ends_where_the_oracle_says(case: Case, tmp_path: Path, monke
     assert best == pytest.approx(
         min(polished.divergence), rel=2e-3 if case.checkpoint.config.hidden_size < 192 else 5e-3
     )
+    found = case.log_probabilities(polished.transforms, polished.row_scales)[:, :-1]
+    entropy = -found.gather(-1, torch.from_numpy(case.ids[-HELD_OUT:, 1:, None])).mean()
+    assert polished.cross_entropy == pytest.approx(float(entropy), rel=1e-3)
 
 
 def test_never_worse_than_its_start(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,8 +39,9 @@ $(TEST_INSTALL): $(INPUTS) | $(BIN)/python
 
 install: $(TEST_INSTALL) ## make .venv with everything for development
 
-plugins: | $(RUN_INSTALL) ## compile the C++ packer and, where nvcc is found, the CUDA kernels to build/plugins
+plugins: | $(RUN_INSTALL) ## compile the C++ packer and, where nvcc is found, the CUDA kernels and TensorRT plugins to build/plugins
 	$(BIN)/python -m planish.plugins.cuda_build build/plugins/libplanish_kernels.so
+	$(BIN)/python -m planish.plugins.tensorrt.build build/plugins/tensorrt
 
 # A bundle is written atomically, so the model file is there only when the compile is done.
 $(DEMO)/model.onnx: | $(RUN_INSTALL)
@@ -64,7 +65,7 @@ test: lint ## lint, then all tests that are quick and need neither a GPU nor the
 test-slow: $(TEST_INSTALL) ## the long tests, one after another with all threads
 	$(BIN)/pytest -m slow
 
-test-gpu: $(TEST_INSTALL) ## the tests that need an NVIDIA GPU
+test-gpu: $(TEST_INSTALL) plugins ## the tests that need an NVIDIA GPU
 	$(BIN)/pytest -m gpu
 
 test-hub: $(TEST_INSTALL) ## the tests that read from the Hugging Face Hub

@@ -27,13 +27,14 @@ from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.learn.block import Angles, FloatHooks, Hooks, read_block, run_block
 from planish.compiler.learn.candidates import Form
-from planish.compiler.learn.flatten_block import Steps, flatten_block
+from planish.compiler.learn.flatten_block import flatten_block
 from planish.compiler.learn.flattening import held_out_sequences
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.refine import Refinement
 from planish.compiler.learn.rotated import RotatedCheckpoint
+from planish.compiler.learn.site_fit import Steps
 from planish.compiler.learn.streams import Streams
-from planish.compiler.measure.evaluation import read_text
+from planish.compiler.measure.texts import read_text
 from planish.compiler.progress import Silent
 from planish.compiler.quantize.arithmetic import low_bit_linear, quantize_weight
 from planish.compiler.runtime.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ _ROTATION: Forms = forms_of_groups({"attn": "rotation", "ffn": "rotation"})
 _NONE: Forms = dict.fromkeys(SITES, "identity")
 _HADAMARD: Forms = _ROTATION | dict.fromkeys(("attn_in", "ffn_in", "ffn_out"), "hadamard")
 _ALL = Steps()
-_NOTHING = Steps(clips=False, fit=False, gptq=False)
+_NOTHING = Steps(clips=False, fit=False, rounding="nearest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ ROWS: dict[str, Row] = {
     "nothing: round to nearest": Row(_NONE, _NOTHING),
     "hadamard, nothing else": Row(_HADAMARD, _NOTHING),
     "affine, nothing else": Row(_AFFINE, _NOTHING),
-    "affine + clips": Row(_AFFINE, Steps(fit=False, gptq=False)),
+    "affine + clips": Row(_AFFINE, Steps(fit=False, rounding="nearest")),
     "affine + clips + gptq": Row(_AFFINE, Steps(fit=False)),
     "affine + clips + fit + gptq": Row(),
     "no clips": Row(steps=Steps(clips=False)),
@@ -116,10 +117,10 @@ class _Setting:
         checkpoint = open_checkpoint(self.model)
         if row == "float":
             hidden = _float_blocks(checkpoint, self.windows)
-            return _perplexity(checkpoint, Scheme.parse("w16a16"), self.windows, hidden)
+            return perplexity_of(checkpoint, Scheme.parse("w16a16"), self.windows, hidden)
         base = RotatedCheckpoint(checkpoint, 0) if ROWS[row].rotated else checkpoint
         scheme = Scheme.parse(self.scheme)
-        return _perplexity(base, scheme, self.windows, _flattened_blocks(base, scheme, ROWS[row], self))
+        return perplexity_of(base, scheme, self.windows, _flattened_blocks(base, scheme, ROWS[row], self))
 
 
 def main() -> None:
@@ -141,7 +142,7 @@ def main() -> None:
     tokens = calibration_tokens(
         arguments.dataset, checkpoint, nsamples=arguments.nsamples, seqlen=arguments.seqlen, seed=0
     )
-    windows = _windows(checkpoint, arguments.text, arguments.seqlen, arguments.windows)
+    windows = windows_of(checkpoint, arguments.text, arguments.seqlen, arguments.windows)
     setting = _Setting(arguments.model, arguments.scheme, tokens, windows)
     rows = ["float", *(arguments.rows.split(";") if arguments.rows else ROWS)]
     found = _run_rows(setting, rows, arguments.jobs, arguments.keep)
@@ -172,14 +173,16 @@ def _run_rows(setting: _Setting, rows: list[str], jobs: int, keep: Path | None) 
     return found
 
 
-def _windows(checkpoint: Checkpoint, text: str, seqlen: int, count: int) -> Tensor:
+def windows_of(checkpoint: Checkpoint, text: str, seqlen: int, count: int) -> Tensor:
+    """Return the first windows of a text, int64 [count, seqlen]."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.write_sidecars(Path(folder))
         ids = np.asarray(Tokenizer(Path(folder)).encode(read_text(Path(text))))
     return torch.from_numpy(ids[: seqlen * count].reshape(count, seqlen))
 
 
-def _embed(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
+def embed(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
+    """Return the embeddings of tokens, float32 [..., hidden]."""
     # As float16, which is what a low-bit model stores.
     table = checkpoint.tensor("model.embed_tokens.weight").astype(np.float16).astype(np.float32)
     return torch.from_numpy(table)[ids]
@@ -187,27 +190,27 @@ def _embed(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _float_blocks(checkpoint: Checkpoint, windows: Tensor) -> Tensor:
-    x, angles = _embed(checkpoint, windows), Angles.of(checkpoint.config, windows.shape[1])
+    x, angles = embed(checkpoint, windows), Angles.of(checkpoint.config, windows.shape[1])
     for layer in range(checkpoint.config.num_hidden_layers):
-        x = _run(FloatHooks(read_block(checkpoint, layer)), checkpoint, x, angles)
+        x = run_all(FloatHooks(read_block(checkpoint, layer)), checkpoint, x, angles)
     return x
 
 
 @torch.no_grad()
 def _flattened_blocks(checkpoint: Checkpoint, scheme: Scheme, row: Row, setting: _Setting) -> Tensor:
     config, tokens = checkpoint.config, setting.tokens
-    x, target = _embed(checkpoint, setting.windows), _embed(checkpoint, torch.from_numpy(tokens))
+    x, target = embed(checkpoint, setting.windows), embed(checkpoint, torch.from_numpy(tokens))
     seen, held_out = target.clone(), held_out_sequences(len(tokens))
     angles, scored = (Angles.of(config, length) for length in (tokens.shape[1], setting.windows.shape[1]))
     forms = _forms(checkpoint, scheme, row, tokens)
     with fast_products():
         for layer in range(config.num_hidden_layers):
             block = read_block(checkpoint, layer)
-            outputs = _run(FloatHooks(block), checkpoint, target, angles)
+            outputs = run_all(FloatHooks(block), checkpoint, target, angles)
             streams = Streams(target, seen if row.prefix else target, held_out)
             flattened = flatten_block(block, streams, outputs, scheme, forms[layer], layer, row.steps, row.refinement)
-            seen = _run(flattened.hooks, checkpoint, seen, angles)
-            x = _run(flattened.hooks, checkpoint, x, scored)
+            seen = run_all(flattened.hooks, checkpoint, seen, angles)
+            x = run_all(flattened.hooks, checkpoint, x, scored)
             target = outputs
     return x
 
@@ -221,12 +224,14 @@ def _forms(checkpoint: Checkpoint, scheme: Scheme, row: Row, tokens: np.ndarray)
     return [each.forms for each in chosen]
 
 
-def _run(hooks: Hooks, checkpoint: Checkpoint, x: Tensor, angles: Angles) -> Tensor:
+def run_all(hooks: Hooks, checkpoint: Checkpoint, x: Tensor, angles: Angles) -> Tensor:
+    """Return what a block makes of its inputs [sequences, seq, hidden], four sequences at a time."""
     return torch.cat([run_block(checkpoint.config, hooks, part, angles) for part in x.split(4)])
 
 
 @torch.no_grad()
-def _perplexity(checkpoint: Checkpoint, scheme: Scheme, windows: Tensor, hidden: Tensor) -> float:
+def perplexity_of(checkpoint: Checkpoint, scheme: Scheme, windows: Tensor, hidden: Tensor) -> float:
+    """Return the perplexity of windows, given the outputs of the last block for them."""
     gain = torch.from_numpy(checkpoint.tensor("model.norm.weight").astype(np.float32))
     tied = checkpoint.config.tie_word_embeddings
     name = "model.embed_tokens.weight" if tied else "lm_head.weight"

@@ -20,7 +20,8 @@ from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.bundle.inspection import inspect
 from planish.compiler.checkpoint.first_layers import open_first_layers
 from planish.compiler.measure.bench import bench
-from planish.compiler.measure.evaluation import evaluate, read_text
+from planish.compiler.measure.evaluation import evaluate
+from planish.compiler.measure.texts import read_text
 from planish.compiler.pipeline.compile import compile_recipe
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.progress import Silent

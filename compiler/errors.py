@@ -12,6 +12,7 @@ __all__ = [
     "BundleFormatError",
     "CalibrationError",
     "CheckpointError",
+    "ComparisonError",
     "DeviceError",
     "DiskFullError",
     "EngineBuildError",
@@ -24,6 +25,7 @@ __all__ = [
     "PlanishError",
     "RecipeError",
     "SelectionError",
+    "TaskError",
     "TextError",
     "TokenizerError",
     "UnsupportedModelError",
@@ -103,7 +105,7 @@ class RecipeError(PlanishError):
 
 
 class TextError(PlanishError):
-    """The text for evaluation is missing, empty, or shorter than what was asked for."""
+    """The text for evaluation is missing, empty, out of reach, or shorter than what was asked for."""
 
     exit_code = 20
 
@@ -142,3 +144,15 @@ class DeviceError(PlanishError):
     """The device to learn on does not exist, PyTorch cannot use it, or its memory is too small."""
 
     exit_code = 28
+
+
+class TaskError(PlanishError):
+    """A task does not exist, its examples cannot be read or are not what it needs, or it asks for what is not done."""
+
+    exit_code = 30
+
+
+class ComparisonError(PlanishError):
+    """Models that cannot be compared, because their tokenizers differ or the float model is not the bundle's."""
+
+    exit_code = 31

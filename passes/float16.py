@@ -5,6 +5,7 @@ import onnx_ir as ir
 
 from planish.passes.builder import Builder
 from planish.plugins.errors import PlanishError
+from planish.plugins.ops import DOMAIN
 
 __all__ = ["Float16Pass", "Float16RangeError"]
 
@@ -35,8 +36,8 @@ class Float16Pass(ir.passes.InPlacePass):
 
     Norms, rotation, quantisers and the residual stream stay in float32: they are element-wise work that is fused, and
     the massive activations of a few tokens stay exact and far from float16's largest number. Float weights and
-    embedding tables are stored in float16; caches become float16 inputs and outputs; logits stay float32. The graph
-    must have no functions left.
+    embedding tables are stored in float16; caches become float16 inputs and outputs; logits stay float32. Plugins and
+    their caches stay as they are. The graph must have no functions left.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -69,7 +70,7 @@ class _Converter:
             self._convert_move(node)
         else:
             for i, value in enumerate(node.inputs):
-                if value is not None and value.type == _HALF:
+                if value is not None and value.type == _HALF and not _is_of_plugin(node, value):
                     self._set_input(node, i, self._cast(node, value, ir.DataType.FLOAT))
 
     def convert_outputs(self) -> bool:
@@ -77,7 +78,12 @@ class _Converter:
         modified = False
         for i, value in enumerate(self._graph.outputs):
             producer = value.producer()
-            if value.type != _HALF or producer is None or producer.op_type == "TensorScatter":
+            if (
+                value.type != _HALF
+                or producer is None
+                or producer.op_type == "TensorScatter"
+                or producer.domain == DOMAIN
+            ):
                 continue
             name, value.name = value.name, f"{value.name}.float16"
             cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{name}.cast")
@@ -137,6 +143,12 @@ class _Converter:
         self.modified = True
         if old is not None and old.is_initializer() and not old.uses():
             del self._graph.initializers[str(old.name)]
+
+
+def _is_of_plugin(node: ir.Node, value: ir.Value) -> bool:
+    """Return whether a plugin reads its cache, which is float16 whatever else it computes in."""
+    producer = value.producer()
+    return node.domain == DOMAIN and (value.is_graph_input() or (producer is not None and producer.domain == DOMAIN))
 
 
 def _given(value: ir.Value | None) -> ir.Value:

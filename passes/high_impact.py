@@ -27,6 +27,7 @@ __all__ = [
     "HighImpact",
     "HighImpactOf",
     "Segment",
+    "high_format",
     "module_of",
     "no_high_impact",
     "segments",
@@ -144,11 +145,23 @@ def segments(form: LinearFormat, high: HighImpact | None, clip: float = 1.0) -> 
     rest = dataclasses.replace(form, clip=form.clip * clip)
     if high is None or high.count == 0:
         return (Segment(_REST, rest),)
-    if high.bits <= form.weight_bits:
-        others = "stay in floating point" if form.is_float else f"have {form.weight_bits}"
-        raise ValueError(f"high-impact channels of {high.bits} bits are no gain where weights {others}")
-    activation_bits = (
-        form.activation_bits if form.activation_bits == FLOAT_BITS else max(high.bits, form.activation_bits)
-    )
-    kept = dataclasses.replace(form, weight_bits=high.bits, activation_bits=activation_bits, clip=form.clip * high.clip)
+    kept = high_format(form, high.bits)
+    kept = dataclasses.replace(kept, clip=kept.clip * high.clip)
     return Segment(_HIGH, kept, high.order[: high.count]), Segment(_REST, rest, high.order[high.count :])
+
+
+def high_format(form: LinearFormat, bits: int) -> LinearFormat:
+    """Return the format of the high-impact channels of a linear, before their clip.
+
+    Args:
+        form: of the linear, as the scheme says.
+        bits: of their weight codes.
+
+    Raises:
+        ValueError: if that is not more bits than the others have.
+    """
+    if bits <= form.weight_bits:
+        others = "stay in floating point" if form.is_float else f"have {form.weight_bits}"
+        raise ValueError(f"high-impact channels of {bits} bits are no gain where weights {others}")
+    activation_bits = form.activation_bits if form.activation_bits == FLOAT_BITS else max(bits, form.activation_bits)
+    return dataclasses.replace(form, weight_bits=bits, activation_bits=activation_bits)

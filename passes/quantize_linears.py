@@ -19,16 +19,14 @@ import onnx_ir as ir
 from planish.passes.builder import Builder, dim, replace_nodes
 from planish.passes.codes import CodesSource
 from planish.passes.declare import declare
+from planish.passes.formats import LM_HEAD, format_of
 from planish.passes.high_impact import HighImpactOf, Segment, no_high_impact, segments
 from planish.passes.merge_linears import MODULES, linear_modules
 from planish.passes.scheme import LinearFormat, Scheme
 from planish.plugins.ops import DOMAIN, matmul, quantize_activation, weight_only_matmul
 from planish.plugins.packing import packed_size
 
-__all__ = ["LM_HEAD", "QuantizeLinearsPass"]
-
-#: The module name of the output projection.
-LM_HEAD = "lm_head"
+__all__ = ["QuantizeLinearsPass"]
 
 
 class QuantizeLinearsPass(ir.passes.InPlacePass):
@@ -65,7 +63,7 @@ class QuantizeLinearsPass(ir.passes.InPlacePass):
             modules = [LM_HEAD] if _is_lm_head(node) else linear_modules(node)
             if not modules:
                 continue
-            form = self._scheme.lm_head if modules == [LM_HEAD] else self._scheme.linear
+            form = format_of(self._scheme, modules[0])
             if form.is_float:
                 self.left_float += modules
                 continue

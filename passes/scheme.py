@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 
 from planish.plugins.errors import PlanishError
 from planish.plugins.packing import PACKED_BITS
@@ -91,12 +92,15 @@ class Scheme:
         key_bits: bits of a cached key code (after RoPE); 16 keeps the cache in floating point.
         value_bits: bits of a cached value code; 16 keeps the cache in floating point.
         lm_head: the format of the output projection.
+        formats: by decoder block and site, the format of the linears that read the site, where it is another than
+            `linear`.
     """
 
     linear: LinearFormat
     key_bits: int
     value_bits: int
     lm_head: LinearFormat
+    formats: Mapping[tuple[int, str], LinearFormat] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for role, bits in (("keys", self.key_bits), ("values", self.value_bits)):
@@ -136,6 +140,15 @@ class Scheme:
                 raise SchemeError(f"'{lm_head}' is not a format for lm_head. Spell it w8a8, w8a16g64 or w16a16.")
             head = _linear(head_match)
         return cls(linear, key, value, head)
+
+    def block(self, layer: int) -> "Scheme":
+        """Return the scheme of decoder block `layer` as that of a model which has no other."""
+        of_block = {(0, site): form for (of_layer, site), form in self.formats.items() if of_layer == layer}
+        return dataclasses.replace(self, formats=of_block)
+
+    def at(self, site: str, layer: int = 0) -> LinearFormat:
+        """Return the format of the linears that read `site` in decoder block `layer`."""
+        return self.formats.get((layer, site), self.linear)
 
     @property
     def quantizes_cache(self) -> bool:

@@ -1,7 +1,10 @@
 """Schemes: what the spellings mean, what is refused, and what they cost."""
 
+import dataclasses
+
 import pytest
 
+from planish.passes.formats import format_of
 from planish.passes.scheme import FLOAT_BITS, LinearFormat, Scheme, SchemeError
 
 SPELLINGS = {
@@ -120,3 +123,14 @@ def test_cache_bytes_per_token() -> None:
     assert Scheme.parse("w3a3k3v3").kv_bytes_per_token(30, 3, 64) == 30 * 3 * (24 + 24 + 8)
     assert Scheme.parse("w3a3k3v2").kv_bytes_per_token(30, 3, 64) == 30 * 3 * (24 + 16 + 8)
     assert Scheme.parse("w3a3").kv_bytes_per_token(30, 3, 64) == 30 * 3 * 256
+
+
+def test_formats_of_single_sites() -> None:
+    eight = LinearFormat(8, 8)
+    scheme = dataclasses.replace(Scheme.parse("w4a4"), formats={(1, "ffn_out"): eight})
+    assert (scheme.at("ffn_out", 1), scheme.at("ffn_out"), scheme.at("ffn_in", 1)) == (eight, *[scheme.linear] * 2)
+    assert scheme.block(1).at("ffn_out") == eight
+    assert scheme.block(0).formats == {}
+    assert format_of(scheme, "model.layers.1.mlp.down_proj") == eight
+    assert format_of(scheme, "model.layers.11.mlp.down_proj") == scheme.linear
+    assert format_of(scheme, "lm_head") == scheme.lm_head

@@ -17,7 +17,19 @@ __all__ = ["ARCHITECTURES", "build_cubin", "build_kernels", "find_tool"]
 #: Compute capabilities that kernels are compiled for. No PTX goes in: it would be translated anew on every other GPU.
 ARCHITECTURES = ("80", "86", "87", "89", "90a", "100a", "120a")
 #: The translation units.
-UNITS = ("launch", "quantize_tokens", "small_linear", "large_linear")
+UNITS = (
+    "arguments",
+    "launch",
+    "quantize_tokens",
+    "small_linear",
+    "large_linear",
+    "nibble_linear",
+    "wgmma_linear",
+    "weight_only",
+    "kv_arguments",
+    "append_kv",
+    "attend_kv",
+)
 
 #: IEEE division and square root (nvcc's default, no fast math): codes must be those of the portable op.
 _FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings", "--cudart", "static")

@@ -17,7 +17,15 @@ import numpy.typing as npt
 from planish.plugins.native import host_library
 from planish.plugins.packing import Codes, packed_size
 
-__all__ = ["KERNEL_BITS", "TILE_ROWS", "KernelWeight", "pack_for_kernel", "padded_channels", "unpack_from_kernel"]
+__all__ = [
+    "KERNEL_BITS",
+    "TILE_ROWS",
+    "KernelWeight",
+    "gated_rows",
+    "pack_for_kernel",
+    "padded_channels",
+    "unpack_from_kernel",
+]
 
 #: The widths that have a kernel layout.
 KERNEL_BITS = (2, 3, 4)
@@ -91,6 +99,20 @@ def unpack_from_kernel(weight: KernelWeight) -> Codes:
         words.ctypes.data, weight.rows, weight.channels, weight.bits, codes.ctypes.data
     )
     return codes
+
+
+def gated_rows(rows: int) -> npt.NDArray[np.int64]:
+    """Return the order of rows in which kernels compute silu(gate) * up themselves.
+
+    Gate and up lie one behind the other, `rows` together; row i of the weight to pack, and of its scales, is row
+    `gated_rows(rows)[i]`: eight of gate, eight of up, and so on.
+
+    Raises:
+        ValueError: if the rows do not come in sixteens.
+    """
+    if rows % TILE_ROWS:
+        raise ValueError(f"{rows} rows of gate and up do not come in sixteens")
+    return np.arange(rows).reshape(2, -1, TILE_ROWS // 2).swapaxes(0, 1).ravel()
 
 
 def _check_bits(bits: int) -> None:

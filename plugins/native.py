@@ -112,10 +112,11 @@ def host_library() -> ctypes.CDLL:
 def _fingerprint(source: Path, compiler: str) -> str:
     digest = hashlib.sha256()
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    for part in (version, " ".join(_FLAGS).encode(), *(path.read_bytes() for path in [source, *_headers()])):
+    for part in (version, " ".join(_FLAGS).encode(), *(path.read_bytes() for path in [source, *_included()])):
         digest.update(part + b"\0")
     return digest.hexdigest()[:16]
 
 
-def _headers() -> list[Path]:
-    return sorted(SOURCES.glob("*.cuh"))
+def _included() -> list[Path]:
+    """Return what a source may include: headers, and units that are no more than C++."""
+    return sorted(path for pattern in ("*.cuh", "*.h", "*.cu") for path in SOURCES.glob(pattern))

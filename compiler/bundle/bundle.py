@@ -1,14 +1,15 @@
 """A bundle: the folder that a compile leaves, opened to be run."""
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from planish.compiler.bundle.layout import MANIFEST_FILE, MODEL_FILE, engine_folder
 from planish.compiler.bundle.manifest import Manifest
 from planish.compiler.checkpoint.config import LlamaConfig
+from planish.compiler.checkpoint.files import read_json
+from planish.compiler.checkpoint.sidecars import end_tokens
 from planish.compiler.errors import NotPlanishModelError
 from planish.compiler.runtime.generate import GREEDY, Sampling, generate
 from planish.compiler.runtime.session import Session
@@ -70,7 +71,7 @@ class Bundle:
     @cached_property
     def config(self) -> LlamaConfig:
         """The configuration of the model."""
-        return LlamaConfig.from_dict(self._json("config.json"))
+        return LlamaConfig.from_dict(read_json(self.path / "config.json"))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -84,10 +85,7 @@ class Bundle:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text: those of generation_config.json, else those of config.json."""
-        eos = self._json("generation_config.json").get("eos_token_id")
-        if eos is None:
-            return self.config.eos_token_ids
-        return tuple(eos) if isinstance(eos, list) else (eos,)
+        return end_tokens(self.path, self.config)
 
     def model_path(self, target: str | None = None) -> Path:
         """Return the ONNX file that `session(target)` runs.
@@ -176,11 +174,6 @@ class Bundle:
                 yield piece
         if rest := stream.finish():
             yield rest
-
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return content
 
 
 def _why_no_bundle(path: Path) -> str:

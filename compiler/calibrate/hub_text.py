@@ -1,4 +1,4 @@
-"""Text of a data set on the Hugging Face Hub.
+"""Text and files of a data set on the Hugging Face Hub.
 
 The Hub keeps a copy in parquet of every public data set, in its branch refs/convert/parquet, whatever files the data
 set itself is made of. The first file of a split is downloaded into the Hub's own cache and read by pyarrow: one
@@ -7,6 +7,7 @@ optional package, where the library `datasets` needs pyarrow, pandas and a dozen
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from planish.compiler.errors import CalibrationError
 from planish.compiler.optional import require
 from planish.compiler.progress import Progress
 
-__all__ = ["hub_text", "is_hub_name"]
+__all__ = ["hub_file", "hub_rows", "hub_text", "is_hub_name"]
 
 _BRANCH = "refs/convert/parquet"
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*/[\w.-]+)(:(?P<config>[^:/]+))?(:(?P<split>[^:/]+))?")
@@ -50,23 +51,54 @@ def hub_text(name: str, characters: int, progress: Progress) -> str:
         CalibrationError: if the data set cannot be reached, has no such config or split, or no text in a column `text`.
         MissingExtraError: if pyarrow is not installed.
     """
+    texts: list[str] = []
+    length = 0
+    for rows in hub_rows(name, progress):
+        kept = [text for text in rows if isinstance(text, str) and text.strip()]
+        texts += kept
+        length += sum(map(len, kept))
+        if length >= characters:
+            break
+    if not texts:
+        raise CalibrationError(f"The data set {name} holds no text. Choose another, or give a .jsonl file.")
+    return "\n\n".join(texts)
+
+
+def hub_rows(name: str, progress: Progress) -> Iterator[list[Any]]:
+    """Yield the column `text` of a data set as it stands, some rows at a time; the arguments are those of `hub_text`.
+
+    Raises:
+        CalibrationError: if the data set cannot be reached, has no such config or split, or no column `text`.
+        MissingExtraError: if pyarrow is not installed.
+    """
     found = _NAME.fullmatch(name)
-    assert found is not None, name  # CalibrationSettings checked it
+    assert found is not None, name  # whoever calls checked it
     chosen = _choose(_list(found["repository"]), name, found["config"], found["split"])
     parquet = require("pyarrow.parquet")
-    progress.say(f"calibration text: {found['repository']}, config {chosen.config}, split {chosen.split}")
-    path = _download(found["repository"], chosen.path)
-    with parquet.ParquetFile(path) as file:
+    progress.say(f"text: {found['repository']}, config {chosen.config}, split {chosen.split}")
+    with parquet.ParquetFile(hub_file(found["repository"], chosen.path, _BRANCH)) as file:
         columns = list(file.schema_arrow.names)
         if "text" not in columns:
             raise CalibrationError(
                 f"The data set {name} has no column 'text', only {', '.join(columns)}. "
                 "Choose another, or write its text to a .jsonl file."
             )
-        text = _read(file, characters)
-    if not text:
-        raise CalibrationError(f"The data set {name} holds no text. Choose another, or give a .jsonl file.")
-    return text
+        for batch in file.iter_batches(columns=["text"], batch_size=256):
+            yield batch.column(0).to_pylist()
+
+
+def hub_file(repository: str, path: str, revision: str) -> Path:
+    """Return a file of a data set, downloaded into the Hub's own cache.
+
+    Raises:
+        CalibrationError: if it cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, path, repo_type="dataset", revision=revision))
+    except Exception as error:  # as in _list
+        raise _unreachable(repository, error) from error
 
 
 def _list(repository: str) -> list[_Parquet]:
@@ -112,31 +144,8 @@ def _pick(name: str, kind: str, there: set[str], asked: str | None, usual: str) 
     return asked
 
 
-def _download(repository: str, path: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, path, repo_type="dataset", revision=_BRANCH))
-    except Exception as error:  # as in _list
-        raise _unreachable(repository, error) from error
-
-
 def _unreachable(repository: str, error: Exception) -> CalibrationError:
     return CalibrationError(
         f"{repository} is no file here, and as a data set of the Hub it cannot be read ({error}). "
-        "Connect to the network, or give a .txt or .jsonl file, or 'self'."
+        "Connect to the network, or give a .txt or .jsonl file."
     )
-
-
-def _read(file: Any, characters: int) -> str:
-    """Return the column `text` from the start, until there is enough."""
-    texts: list[str] = []
-    length = 0
-    for batch in file.iter_batches(columns=["text"], batch_size=256):
-        for text in batch.column(0).to_pylist():
-            if isinstance(text, str) and text.strip():
-                texts.append(text)
-                length += len(text)
-        if length >= characters:
-            break
-    return "\n\n".join(texts)

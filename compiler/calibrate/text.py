@@ -13,7 +13,7 @@ from planish.compiler.calibrate.settings import SELF, CalibrationSettings
 from planish.compiler.calibrate.vocabulary import fragments, prefix
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.errors import CalibrationError, TextError, TokenizerError
-from planish.compiler.measure.evaluation import read_text
+from planish.compiler.measure.texts import read_text
 from planish.compiler.progress import Progress, Silent
 from planish.compiler.runtime.tokenizer import Tokenizer
 

@@ -3,11 +3,12 @@
 import tempfile
 from pathlib import Path
 
-from planish.compiler.checkpoint.files import copy_file
+from planish.compiler.checkpoint.config import LlamaConfig
+from planish.compiler.checkpoint.files import copy_file, read_json
 from planish.compiler.errors import TokenizerError
 from planish.compiler.optional import require
 
-__all__ = ["PATTERNS", "check_tokenizer_files", "copy_sidecars", "sidecar_files"]
+__all__ = ["PATTERNS", "check_tokenizer_files", "copy_sidecars", "end_tokens", "sidecar_files"]
 
 #: What belongs to the model besides its weights, as glob patterns.
 PATTERNS = (
@@ -65,6 +66,15 @@ def copy_sidecars(source: Path, target: Path) -> None:
         copy_file(path, target / path.name)
     if not (source / "tokenizer.json").is_file():
         _convert_tokenizer(source, target / "tokenizer.json")
+
+
+def end_tokens(folder: Path, config: LlamaConfig) -> tuple[int, ...]:
+    """Return the tokens that end a text: those of generation_config.json in `folder`, else those of config.json."""
+    path = folder / "generation_config.json"
+    eos = read_json(path).get("eos_token_id") if path.is_file() else None
+    if eos is None:
+        return config.eos_token_ids
+    return tuple(eos) if isinstance(eos, list) else (eos,)
 
 
 def _convert_tokenizer(source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ import sys
 from planish.compiler.cli.app import app
 from planish.compiler.cli.bench import run_bench
 from planish.compiler.cli.build import run_build
+from planish.compiler.cli.compare import run_compare
 from planish.compiler.cli.compile import run_compile
 from planish.compiler.cli.doctor import run_doctor
 from planish.compiler.cli.evaluate import run_eval
@@ -20,6 +21,7 @@ app.command("compile")(run_compile)
 app.command("build")(run_build)
 app.command("export")(run_export)
 app.command("eval")(run_eval)
+app.command("compare")(run_compare)
 app.command("generate")(run_generate)
 app.command("bench")(run_bench)
 app.command("inspect")(run_inspect)

@@ -45,6 +45,16 @@ class Output:
         for name, value in rows.items():
             self.line(f"{name:<{width}}  {value}")
 
+    def table(self, title: str, names: list[str], rows: list[list[str]]) -> None:
+        """Print a table for people, as wide as it needs to be: a column for each name, numbers to the right."""
+        table = Table(title=title, title_justify="left")
+        for place, name in enumerate(names):
+            table.add_column(name, justify="right" if place else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        wide = Console(file=self._stream, highlight=False, markup=False, width=None if self._stream.isatty() else 200)
+        wide.print(table)
+
     def piece(self, text: str) -> None:
         """Print a piece of running text, at once."""
         print(text, end="", file=self._stream, flush=True)

@@ -34,6 +34,19 @@ def run_compile(
         Path | None,
         typer.Option(help="A bundle or folder with a plan.safetensors whose high-impact channels keep more bits."),
     ] = None,
+    avg_bits: Annotated[
+        float | None, typer.Option(help="Stored bits per weight that high-impact channels may use up, such as 3.25.")
+    ] = None,
+    hic_policy: Annotated[
+        str | None, typer.Option(help="How their numbers are chosen: solved per layer, or fixed. [solved]")
+    ] = None,
+    hic_ratio: Annotated[
+        float | None, typer.Option(help="Share of the channels that are high-impact ones, instead of a budget.")
+    ] = None,
+    hic_bits: Annotated[int | None, typer.Option(help="Their bits: 3, 4 or 8. [4, or 8 for 4-bit schemes]")] = None,
+    rounding: Annotated[
+        str | None, typer.Option("--round", help="How weights are rounded: gptq, adaround, nearest. [gptq]")
+    ] = None,
     residual_rotation: Annotated[
         bool | None,
         typer.Option("--residual-rotation/--no-residual-rotation", help="Rotate the residual stream first. [off]"),
@@ -83,6 +96,11 @@ def run_compile(
                 select=select,
                 plan=plan,
                 high_impact=high_impact,
+                avg_bits=avg_bits,
+                hic_policy=hic_policy,
+                hic_ratio=hic_ratio,
+                hic_bits=hic_bits,
+                round=rounding,
                 residual_rotation=residual_rotation,
                 dataset=dataset,
                 nsamples=nsamples,

@@ -1,51 +1,118 @@
-"""`planish eval`: perplexity of a bundle, or of a checkpoint in float."""
+"""`planish eval`: perplexity, divergence from the float model and task scores of a bundle or a checkpoint."""
 
-import contextlib
 import dataclasses
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from planish.compiler.bundle.bundle import Bundle
-from planish.compiler.bundle.layout import MANIFEST_FILE
+from planish.compiler.cli import measured_on as options
 from planish.compiler.cli.app import JsonFlag, Output
 
+if TYPE_CHECKING:
+    from planish.compiler.harness.tasks import Score, TaskScores
+    from planish.compiler.measure.evaluation import Evaluation
+    from planish.compiler.measure.subject import Subject
+
 __all__ = ["run_eval"]
+
+_TARGETS = ("ort", "portable", "rtx", "tensorrt")
 
 
 def run_eval(
     model: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL", help="A bundle, or a checkpoint to run in float32.")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text file, or .jsonl whose lines have a field 'text'.")],
-    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
-    windows: Annotated[int, typer.Option(min=1, help="How many windows, from the start of the text.")] = 20,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of ONNX Runtime. [one per core]")] = None,
+    text: options.TextOption = None,
+    dataset: options.DatasetOption = None,
+    seqlen: options.SeqlenOption = None,
+    windows: options.WindowsOption = None,
+    kl: Annotated[bool, typer.Option("--kl", help="Measure the divergence from the bundle's float model too.")] = False,
+    against: options.AgainstOption = None,
+    tasks: options.TasksOption = None,
+    task_data: options.TaskDataOption = None,
+    limit: options.LimitOption = None,
+    answers: options.AnswersOption = None,
+    target: Annotated[
+        str | None, typer.Option(help="What to run of a bundle: ort or portable. [ort, if it was compiled for it]")
+    ] = None,
+    threads: options.ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """Measure perplexity on non-overlapping windows of a text."""
-    from planish.compiler.measure.evaluation import evaluate
+    """Measure perplexity and divergence on windows of a text, and zero-shot scores on tasks."""
+    from planish.compiler.harness.tasks import load_tasks, mean_score, score_tasks
+    from planish.compiler.measure.evaluation import evaluate_windows
+    from planish.compiler.measure.subject import check_same_tokens, open_subject
+    from planish.compiler.measure.texts import cut_windows
+    from planish.compiler.progress import progress_for
 
-    out = Output(json)
-    with _opened(model) as bundle:
-        session = bundle.session(threads=threads)
-        found = evaluate(session, bundle.tokenizer, text, seqlen=seqlen, windows=windows)
+    names = options.task_names(tasks)
+    if text is None and dataset is None and (not names or kl or against is not None):
+        wanted = "divergence is measured on --text or --dataset" if names else "give --text or --dataset, or --tasks"
+        raise typer.BadParameter(wanted, param_hint="--text")
+    if target not in (None, *_TARGETS):
+        raise typer.BadParameter(f"'{target}' is none of {', '.join(_TARGETS)}", param_hint="--target")
+    out, found = Output(json), None
+    scores: dict[str, TaskScores] = {}
+    with progress_for(sys.stderr) as progress:
+        # What is wrong with texts or tasks is said before a model is read into memory.
+        read = options.open_text(text, dataset, progress)
+        loaded = load_tasks(names, task_data, progress) if names else None
+        subject = open_subject(model, target=target, threads=threads)
+        if read is not None:
+            reference = _reference(subject, kl, against, threads)
+            check_same_tokens([subject, *([reference] if reference else [])], read)
+            cut = cut_windows(subject.tokenizer, read, *read.sizes(seqlen, windows, subject.max_context))
+            (found,) = evaluate_windows([subject.model], cut, reference.model if reference else None, progress)
+        if loaded is not None:
+            scores = score_tasks(subject, loaded, progress, limit=limit, answers=answers)
+    if found is not None:
+        _show_evaluation(out, found)
+    if scores:
+        _show_scores(out, scores)
+    out.result(
+        {
+            **(dataclasses.asdict(found) if found else {}),
+            **({"tasks": {name: dataclasses.asdict(each) for name, each in scores.items()}} if scores else {}),
+            **({"mean_score": dataclasses.asdict(mean_score(scores))} if scores else {}),
+        }
+    )
+
+
+def _reference(subject: "Subject", kl: bool, against: str | None, threads: int | None) -> "Subject | None":
+    from planish.compiler.bundle.bundle import Bundle
+    from planish.compiler.measure.subject import float_subject, open_subject
+
+    if against is not None:
+        return open_subject(against, threads=threads)
+    if not kl:
+        return None
+    if not isinstance(subject.origin, Bundle):
+        raise typer.BadParameter(
+            f"{subject.name} is a float model itself: name another by --against", param_hint="--kl"
+        )
+    return float_subject(subject.origin, threads)
+
+
+def _show_evaluation(out: Output, found: "Evaluation") -> None:
     out.line(
         f"perplexity {found.perplexity:.4f} ({found.tokens} predicted tokens in {found.windows} windows of "
         f"{found.seqlen}, {found.seconds:.1f} s)"
     )
-    out.result(dataclasses.asdict(found))
+    if found.kl is not None and found.agreement is not None:
+        out.line(f"KL divergence {found.kl:.6f} nats per token; the same likeliest token in {found.agreement:.2%}")
 
 
-@contextlib.contextmanager
-def _opened(model: str) -> Iterator[Bundle]:
-    """Open a bundle; or export a checkpoint for as long as it is needed."""
-    path = Path(model)
-    if (path / MANIFEST_FILE).is_file() or path.suffix == ".onnx":
-        yield Bundle.open(path)
-        return
-    from planish.compiler.bundle.float_bundle import export_bundle
+def _show_scores(out: Output, scores: "dict[str, TaskScores]") -> None:
+    from planish.compiler.harness.tasks import mean_score
 
-    with tempfile.TemporaryDirectory(prefix="planish-eval-") as scratch:
-        yield export_bundle(model, Path(scratch) / "float")
+    rows = [
+        [name, str(each.examples), metric, *_cells(score)]
+        for name, each in scores.items()
+        for metric, score in each.metrics.items()
+    ]
+    if len(scores) > 1:
+        rows.append(["mean", "", "acc_norm, or acc", *_cells(mean_score(scores))])
+    out.table("", ["task", "examples", "metric", "value", "stderr"], rows)
+
+
+def _cells(score: "Score") -> list[str]:
+    return [f"{score.value:.4f}", "" if score.stderr is None else f"{score.stderr:.4f}"]

@@ -90,7 +90,7 @@ class _Unflattened(WatchedFloat):
         self._scheme, self._clips = scheme, clips
         self._maps = {site: factors[site].right if site in factors else None for site in ("key", "value")}
         # Codes, and no floats: those of all sites would be a second block in memory.
-        self._codes = {site: quantize_weight(self._weight(site), scheme.linear) for site in SITE_MODULES}
+        self._codes = {site: quantize_weight(self._weight(site), scheme.at(site)) for site in SITE_MODULES}
         self._token_weights = torch.ones(0)
         self._lost: dict[str, float] = {}
         self._norm: dict[str, float] = {}
@@ -101,7 +101,7 @@ class _Unflattened(WatchedFloat):
 
     def site(self, site: Site, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        rounded = round_activation(rows, self._scheme.linear.activation_bits)
+        rounded = round_activation(rows, self._scheme.at(site).activation_bits)
         weights = self._token_weights if site in RESIDUAL_SITES else torch.ones(len(rows), device=rows.device)
         made = rounded @ dequantize_weight(self._codes[site]).T
         self._add(site, made, rows @ self._weight(site).T, weights[:, None])

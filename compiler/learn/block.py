@@ -9,7 +9,8 @@ from torch import Tensor
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.config import LlamaConfig
-from planish.passes.transforms import Site
+from planish.passes.scheme import LinearFormat, Scheme
+from planish.passes.transforms import SITE_MODULES, Site
 
 __all__ = [
     "MODULES",
@@ -21,18 +22,13 @@ __all__ = [
     "Hooks",
     "attend",
     "enter_block",
+    "formats_of",
     "read_block",
     "run_block",
     "run_site",
 ]
 
-#: Site -> the linears that read it, by their names within a block.
-SITE_MODULES: dict[Site, tuple[str, ...]] = {
-    "attn_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn_out": ("self_attn.o_proj",),
-    "ffn_in": ("mlp.gate_proj", "mlp.up_proj"),
-    "ffn_out": ("mlp.down_proj",),
-}
+#: The linears of a block, named within it.
 MODULES = tuple(module for modules in SITE_MODULES.values() for module in modules)
 
 
@@ -55,6 +51,11 @@ class Block:
     def to(self, device: torch.device | None) -> "Block":
         """Return the block on `device`; None leaves it where it is."""
         return Block(self.config, {name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+
+def formats_of(scheme: Scheme) -> dict[str, LinearFormat]:
+    """Return the format of every linear of a block, by its name within the block."""
+    return {module: scheme.at(site) for site, modules in SITE_MODULES.items() for module in modules}
 
 
 def read_block(checkpoint: Checkpoint, layer: int) -> Block:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, Block, Hooks, run_block
+from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, Block, Hooks, formats_of, run_block
 from planish.compiler.learn.clips import kv_clips, search_clip
 from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.fold import fold_block
@@ -50,7 +50,7 @@ def starting_clips(
             rows = reached.x.flatten(0, -2)[:_CLIP_ROWS]
         weights = token_weights if site in RESIDUAL_SITES else torch.ones(len(rows), device=rows.device)
         weight = torch.cat([folded.weight(module) for module in modules])
-        hooks.clips[site] = search_clip(rows, weight, scheme.linear, weights[:_CLIP_ROWS].to(rows))
+        hooks.clips[site] = search_clip(rows, weight, scheme.at(site), weights[:_CLIP_ROWS].to(rows))
     return hooks.clips
 
 
@@ -62,11 +62,9 @@ def rounded_to_nearest(
     folded = fold_block(block, factors)
     hooks = LowBitHooks(folded, dict(factors), scheme)
     hooks.clips = dict(clips)
-    for module in MODULES:
+    for module, form in formats_of(scheme).items():
         weight = folded.weight(module)
-        if not scheme.linear.is_float:
-            weight = dequantize_weight(quantize_weight(weight, scheme.linear))
-        hooks.weights[module] = weight
+        hooks.weights[module] = weight if form.is_float else dequantize_weight(quantize_weight(weight, form))
     return hooks
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from planish.compiler.checkpoint.files import write_json
 from planish.compiler.errors import CalibrationError
 from planish.compiler.learn.block import Angles, Block, FloatHooks, read_block, run_block
 from planish.compiler.learn.candidates import Form
-from planish.compiler.learn.flatten_block import Flattened, Steps, flatten_block
+from planish.compiler.learn.flatten_block import Flattened, flatten_block
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.refine import Refinement
+from planish.compiler.learn.site_fit import HighCount, Steps
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.streams import Sequences
 from planish.compiler.quantize.codes import CodesOnDisk
-from planish.compiler.select.plan_file import load_transforms, save_transforms
+from planish.compiler.select.plan_file import load_transforms, save_transforms, site_widths
+from planish.passes.high_impact import HighImpact
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, LayerTransforms, Site, Transforms
 
@@ -71,6 +73,7 @@ def flatten_checkpoint(
     seed: int = 0,
     steps: Steps | None = None,
     refinement: Refinement | None = None,
+    high: Sequence[Mapping[Site, HighImpact | HighCount]] | None = None,
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Transforms:
@@ -86,6 +89,7 @@ def flatten_checkpoint(
         seed: of the rotations' signs.
         steps: see `Steps`; None is all of them.
         refinement: how the closed-form transforms are refined; None is not at all.
+        high: by block, the high-impact channels of sites, or how many there are, which `codes` must know of.
         device: where a block and a batch are while they are worked on; None is the CPU.
         progress: (blocks done, blocks in all).
 
@@ -103,7 +107,15 @@ def flatten_checkpoint(
             outputs = finite_outputs(block, files, angles, layer)
             with naming_block(layer):
                 flattened = flatten_block(
-                    block, streams, outputs, scheme, forms[layer], seed + layer, steps, refinement
+                    block,
+                    streams,
+                    outputs,
+                    scheme.block(layer),
+                    forms[layer],
+                    seed + layer,
+                    steps,
+                    refinement,
+                    None if high is None else high[layer],
                 )
                 _check(flattened)
             _keep(folder / f"layer-{layer}", layer, block, flattened, codes)
@@ -188,17 +200,9 @@ def _keep(folder: Path, layer: int, block: Block, flattened: Flattened, codes: C
     part = f"model.layers.{layer}"
     codes.keep(part, {f"{part}.{module}": each for module, each in flattened.codes.items()})
     folder.mkdir(exist_ok=True)
-    config = block.config
-    widths: dict[Site, int] = {
-        "attn_in": config.hidden_size,
-        "attn_out": config.q_size,
-        "ffn_in": config.hidden_size,
-        "ffn_out": config.intermediate_size,
-        "key": config.kv_size,
-        "value": config.kv_size,
-    }
+    widths = site_widths(block.config)
     stored = {site: flattened.factors[site].stored(widths[site]) for site in SITES}
-    save_transforms(Transforms((LayerTransforms(**stored, clips=flattened.clips, high={}),)), folder)
+    save_transforms(Transforms((LayerTransforms(**stored, clips=flattened.clips, high=flattened.high),)), folder)
     save_file({str(site): each for site, each in flattened.compared.profiles.items()}, folder / _PROFILES)
     refinement = {} if flattened.refinement is None else {"refinement": flattened.refinement}
     sites = {site: {**flattened.evidence.get(site, {}), **flattened.compared.evidence[site]} for site in SITES}

@@ -1,16 +1,19 @@
 """A decoder block on the grids of a scheme, computed in floating point: what the compiled model will compute."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from planish.compiler.learn.block import Block
 from planish.compiler.learn.factors import Factors
-from planish.compiler.quantize.arithmetic import dequantize_kv, quantize_kv
+from planish.compiler.quantize.arithmetic import channels_of, dequantize_kv, quantize_kv
+from planish.passes.high_impact import HighImpact, Segment, segments
 from planish.passes.scheme import FLOAT_BITS, Scheme
 from planish.passes.transforms import Site
 from planish.plugins.ops.quantize_activation import SMALLEST_SCALE
 
-__all__ = ["LowBitHooks", "Reached", "round_activation", "round_cached", "round_mapped"]
+__all__ = ["LowBitHooks", "Reached", "round_activation", "round_cached", "round_inputs", "round_mapped"]
 
 
 class Reached(Exception):  # noqa: N818 - it ends a run early and is no error
@@ -30,11 +33,27 @@ def round_activation(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
     return (x / scale).round_().clamp_(-zero, zero - 1) * scale
 
 
+def round_inputs(x: Tensor, parts: Sequence[Segment]) -> Tensor:
+    """Return `x` [..., n] on the grids of its segments, each of which has a scale per token; channels stay in order."""
+    if len(parts) == 1:
+        return round_activation(x, parts[0].format.activation_bits, parts[0].format.clip)
+    if all(part.format.weight_only for part in parts):
+        return x
+    rounded = torch.empty_like(x)
+    for part in parts:
+        assert part.channels is not None
+        rounded[..., torch.from_numpy(part.channels)] = round_activation(
+            channels_of(x, part), part.format.activation_bits, part.format.clip
+        )
+    return rounded
+
+
 class LowBitHooks:
     """Hooks that put transforms and grids into a folded block.
 
     Attributes:
         weights: float32 [out, in] by module, on their grids, for the modules rounded so far.
+        high: the high-impact channels, by site that has any.
         clips: by site, for the sites done so far; of `key` and `value`, the share of a head's range.
         stop: the site to raise `Reached` at, if any.
     """
@@ -42,6 +61,7 @@ class LowBitHooks:
     def __init__(self, folded: Block, factors: dict[Site, Factors], scheme: Scheme) -> None:
         """Take the block as `fold_block` returns it, and the factors it was folded with."""
         self.weights: dict[str, Tensor] = {}
+        self.high: dict[Site, HighImpact] = {}
         self.clips: dict[Site, float] = {}
         self.stop: Site | None = None
         self._folded = folded
@@ -67,7 +87,7 @@ class LowBitHooks:
         x = self.transform(site, x)
         if self.stop == site:
             raise Reached(x)
-        return round_activation(x, self._scheme.linear.activation_bits, self.clips.get(site, 1.0))
+        return round_inputs(x, segments(self._scheme.at(site), self.high.get(site), self.clips.get(site, 1.0)))
 
     def linear(self, module: str, x: Tensor) -> Tensor:
         """Return the output of a rounded linear, bias included."""

@@ -102,6 +102,6 @@ def rounded_to_nearest_outputs(
     nothing = {site: Factors("identity") for site in SITES}
     with fast_products():
         for layer in range(config.num_hidden_layers):
-            hooks = rounded_to_nearest(read_block(checkpoint, layer).to(device), nothing, {}, scheme)
+            hooks = rounded_to_nearest(read_block(checkpoint, layer).to(device), nothing, {}, scheme.block(layer))
             x = torch.cat([run_block(config, hooks, part.to(device), angles).cpu() for part in torch.split(x, 1)])
     return x

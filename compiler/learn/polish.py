@@ -7,7 +7,7 @@ calibration text. Roundings pass the gradient straight through.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +17,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from planish.compiler.checkpoint import Checkpoint
-from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, Block, read_block, run_block
+from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, read_block, run_block
 from planish.compiler.learn.block_loss import conditioning
-from planish.compiler.learn.clip_parameter import clip_of, clip_parameter
 from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.fold import fold_block
-from planish.compiler.learn.low_bit import LowBitHooks
 from planish.compiler.learn.next_token import Head
+from planish.compiler.learn.polished_hooks import PolishedHooks
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.streams import Sequences
-from planish.compiler.learn.trainable import round_activation_through, round_cached_through
 from planish.compiler.quantize.arithmetic import dequantize_weight
 from planish.compiler.quantize.codes import CodesOnDisk
-from planish.passes.scheme import FLOAT_BITS, Scheme
-from planish.passes.transforms import SITES, LayerTransforms, Site, Transforms
+from planish.passes.scheme import Scheme
+from planish.passes.transforms import SITES, Transforms
 
 __all__ = ["Polished", "polish"]
 
@@ -42,8 +40,6 @@ _MAP_RATE = 2e-4
 _MOMENTA = (0.9, 0.95)
 #: Largest norm of the gradient of all parameters together.
 _LONGEST = 1.0
-#: The norm that a site's channel scale folds into.
-_NORMS: dict[Site, str] = {"attn_in": "input_layernorm", "ffn_in": "post_attention_layernorm"}
 _STATE = "polish.pt"
 
 
@@ -53,7 +49,8 @@ class Polished:
 
     Attributes:
         transforms: with new channel scales at the norms, new affine maps, and new clips.
-        row_scales: by module, what multiplies the scales of its weight rows, float32 [out].
+        row_scales: by module, or segment of it as `Segment.of` calls it, what multiplies the scales of its weight rows,
+            float32 [out].
         divergence: mean KL divergence per held-out token, in nats: before, and after every epoch.
         cross_entropy: of the model as it is kept, on held-out tokens, in nats.
     """
@@ -162,10 +159,13 @@ class _Model:
             factors = {site: Factors.of(layer[site], device) for site in SITES}
             folded = fold_block(read_block(checkpoint, i).to(device), factors)
             weights = {
-                module: dequantize_weight(codes.quantized(f"model.layers.{i}.{module}")).to(device)
+                segment.of(module): dequantize_weight(codes.quantized(segment.of(f"model.layers.{i}.{module}"))).to(
+                    device
+                )
                 for module in MODULES
+                for segment in codes.segments(f"model.layers.{i}.{module}")
             }
-            self._layers.append(_PolishedHooks(folded, factors, scheme, layer, weights))
+            self._layers.append(PolishedHooks(folded, factors, scheme.block(i), layer, weights))
 
     def parameters(self) -> list[Tensor]:
         """Return everything that learns."""
@@ -173,7 +173,7 @@ class _Model:
 
     def are_maps(self) -> list[bool]:
         """Return which of the parameters are maps."""
-        return [_is_map(name) for layer in self._layers for name in layer.learned]
+        return [PolishedHooks.is_map(name) for layer in self._layers for name in layer.learned]
 
     @torch.no_grad()
     def is_invertible(self) -> bool:
@@ -222,11 +222,11 @@ class _Model:
         return self._head.mean_cross_entropy(outputs, token_ids)
 
     def row_scales(self) -> dict[str, Tensor]:
-        """Return by module what multiplies the scales of its rows."""
+        """Return by module, or segment of it, what multiplies the scales of its rows."""
         return {
-            f"model.layers.{i}.{module}": layer.learned[module].detach().exp().cpu()
+            f"model.layers.{i}.{name}": layer.learned[name].detach().exp().cpu()
             for i, layer in enumerate(self._layers)
-            for module in MODULES
+            for name in layer.weights
         }
 
     def transforms(self) -> Transforms:
@@ -235,94 +235,3 @@ class _Model:
             layer.polished(before) for layer, before in zip(self._layers, self._transforms.layers, strict=True)
         )
         return dataclasses.replace(self._transforms, layers=layers)
-
-
-class _PolishedHooks(LowBitHooks):
-    """A block on its grids, whose gains, row scales and clips are logarithms or logits that learn."""
-
-    def __init__(
-        self,
-        folded: Block,
-        factors: dict[Site, Factors],
-        scheme: Scheme,
-        layer: LayerTransforms,
-        weights: Mapping[str, Tensor],
-    ) -> None:
-        # The float weights are not needed any more; with them the model would be in memory twice.
-        rest = {name: tensor for name, tensor in folded.tensors.items() if not name.endswith("_proj.weight")}
-        super().__init__(Block(folded.config, rest), factors, scheme)
-        self.weights = dict(weights)
-        sizes = {norm: folded.config.hidden_size for norm in _NORMS.values()}
-        sizes |= {module: len(weight) for module, weight in weights.items()}
-        device = folded.weight(MODULES[0]).device
-        self.learned: dict[str, Tensor] = {
-            name: torch.zeros(size, device=device, requires_grad=True) for name, size in sizes.items()
-        }
-        # A rotation is to stay one.
-        affine = {site: each for site, each in self._online.items() if site in SITE_MODULES and each.kind == "affine"}
-        for site, each in affine.items():
-            for part, factor in (("right", each.right), ("left", each.left)):
-                if factor is not None:
-                    self.learned[f"{site}.{part}"] = factor.clone().requires_grad_()
-        bits: dict[Site, int] = dict.fromkeys(SITE_MODULES, scheme.linear.activation_bits)
-        bits |= {"key": scheme.key_bits, "value": scheme.value_bits}
-        self._bits = {site: each for site, each in bits.items() if each < 8}
-        self._rest = {site: layer.clip(site) for site in SITES}
-        for site in self._bits:
-            self.learned[site] = clip_parameter(layer.clip(site), device)
-
-    def gain(self, norm: str) -> Tensor:
-        """Return the gain of a norm."""
-        return super().gain(norm) * self.learned[norm].exp()
-
-    def transform(self, site: Site, x: Tensor) -> Tensor:
-        """Return what runs online at `site`."""
-        online = self._online[site]
-        right, left = (self.learned.get(f"{site}.{part}") for part in ("right", "left"))
-        return dataclasses.replace(
-            online, right=online.right if right is None else right, left=online.left if left is None else left
-        ).apply(x)
-
-    def site(self, site: Site, x: Tensor) -> Tensor:
-        """Return the transformed input on its grid."""
-        x = self.transform(site, x)
-        bits = self._bits.get(site, self._scheme.linear.activation_bits)
-        return x if bits == FLOAT_BITS else round_activation_through(x, bits, self._clip(site))
-
-    def linear(self, module: str, x: Tensor) -> Tensor:
-        """Return the output of a rounded linear, bias included."""
-        y = torch.nn.functional.linear(x, self.weights[module]) * self.learned[module].exp()
-        bias = self._folded.tensors.get(f"{module}.bias")
-        return y if bias is None else y + bias
-
-    def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, and keys and values as the cache gives them back."""
-        query, key = self.map_keys(query, key)
-        if self._scheme.quantizes_cache:
-            key = round_cached_through(key, self._scheme.key_bits, self._clip("key"))
-            value = round_cached_through(value, self._scheme.value_bits, self._clip("value"))
-        return query, key, value
-
-    def polished(self, before: LayerTransforms) -> LayerTransforms:
-        """Return the transforms of the layer with what was learned."""
-        changed = {site: before[site] for site in SITE_MODULES}
-        for site, norm in _NORMS.items():
-            gain = self.learned[norm].detach().exp().cpu().numpy()
-            scale = before[site].scale
-            changed[site] = dataclasses.replace(before[site], scale=gain if scale is None else scale * gain)
-        for site in SITE_MODULES:
-            right, left = (self.learned.get(f"{site}.{part}") for part in ("right", "left"))
-            changed[site] = dataclasses.replace(
-                changed[site],
-                right=changed[site].right if right is None else right.detach().cpu().numpy(),
-                left=changed[site].left if left is None else left.detach().cpu().numpy(),
-            )
-        clips = {**before.clips, **{site: float(clip_of(self.learned[site].detach())) for site in self._bits}}
-        return dataclasses.replace(before, **changed, clips=clips, high=before.high)
-
-    def _clip(self, site: Site) -> Tensor:
-        return clip_of(self.learned[site]) if site in self._bits else torch.tensor(self._rest[site])
-
-
-def _is_map(name: str) -> bool:
-    return name.endswith((".right", ".left"))

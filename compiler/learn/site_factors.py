@@ -1,16 +1,50 @@
-"""The transforms of all sites of one block, in closed form."""
+"""The transforms of all sites of one block, in closed form but for the form `smooth`."""
 
 import torch
 
-from planish.compiler.learn.block import Block
+from planish.compiler.learn.block import Angles, Block
 from planish.compiler.learn.candidates import Form, closed_form
 from planish.compiler.learn.closed_forms import head_transforms
 from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.hadamard import hadamard_transform
-from planish.compiler.learn.site_moments import SiteMoments
+from planish.compiler.learn.site_moments import SiteMoments, gather_moments
+from planish.compiler.learn.smooth_site import smooth_ffn_out
+from planish.compiler.learn.streams import Sequences, Streams
+from planish.passes.scheme import Scheme
 from planish.passes.transforms import Site
 
-__all__ = ["closed_form_factors"]
+__all__ = ["closed_form_factors", "fit_factors"]
+
+
+def fit_factors(
+    block: Block,
+    streams: Streams,
+    outputs: Sequences,
+    angles: Angles,
+    scheme: Scheme,
+    forms: dict[Site, Form],
+    seed: int,
+) -> tuple[dict[Site, Factors], dict[str, float]]:
+    """Return the transform of every site, fitted to the `seen` stream, and what was measured for the form `smooth`.
+
+    Args:
+        block: the float block.
+        streams: its inputs.
+        outputs: of the float block.
+        angles: of the positions.
+        scheme: what will be rounded to.
+        forms: by site.
+        seed: of the rotations.
+    """
+    inputs = (streams.seen[part] for part in streams.batches())
+    smooth = forms["ffn_out"] == "smooth"
+    closed: dict[Site, Form] = {**forms, "ffn_out": "rotation"} if smooth else forms
+    # The moments are not kept: they are several times as large as the block.
+    factors = closed_form_factors(block, gather_moments(block, inputs, angles), closed, seed)
+    if not smooth:
+        return factors, {}
+    factors["ffn_out"], scales = smooth_ffn_out(block, streams, outputs, angles, scheme, seed)
+    return factors, scales
 
 
 def closed_form_factors(block: Block, moments: SiteMoments, forms: dict[Site, Form], seed: int) -> dict[Site, Factors]:

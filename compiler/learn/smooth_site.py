@@ -36,7 +36,11 @@ def smooth_ffn_out(
             inputs.append(reached.x)
         weights.append(residual_weights(outputs[part]).reshape(outputs[part].shape[:2]))
     found = smooth_rotation(
-        torch.cat(inputs), block.weight("mlp.down_proj"), scheme.linear, seed=seed, token_weights=torch.cat(weights)
+        torch.cat(inputs),
+        block.weight("mlp.down_proj"),
+        scheme.at("ffn_out"),
+        seed=seed,
+        token_weights=torch.cat(weights),
     )
     evidence = {f"error of scales by {each.policy}": each.error.weighted for each in found.candidates}
     return Factors.of(found.transform, outputs.device), evidence

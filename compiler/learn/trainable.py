@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planish.compiler.learn.block import MODULES, SITE_MODULES, Block
+from planish.compiler.learn.block import MODULES, SITE_MODULES, Block, formats_of
 from planish.compiler.learn.clip_parameter import clip_of, clip_parameter
 from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.fold import fold_block
 from planish.compiler.learn.low_bit import LowBitHooks
 from planish.compiler.quantize.arithmetic import fit_scale
-from planish.passes.scheme import FLOAT_BITS, Scheme
+from planish.passes.scheme import FLOAT_BITS, LinearFormat, Scheme
 from planish.passes.transforms import Site
 from planish.plugins.ops.append_kv import SMALLEST_KV_SCALE
 from planish.plugins.ops.quantize_activation import SMALLEST_SCALE
@@ -39,21 +39,21 @@ class Trainable:
         self, block: Block, factors: Mapping[Site, Factors], clips: Mapping[Site, float], scheme: Scheme
     ) -> None:
         """Take the float block, and where to start: factors and clips of all sites."""
-        self._block, self._scheme = block, scheme
+        self._block, self._scheme, self._formats = block, scheme, formats_of(scheme)
         self._maps = {site: _Map(each) for site, each in factors.items()}
         device = block.weight(MODULES[0]).device
         self._clip_logits: dict[Site, Tensor] = {}
         self._weight_logs: dict[str, Tensor] = {}
         self._fitted: dict[str, tuple[Tensor, Tensor]] = {}
-        bits: dict[Site, int] = dict.fromkeys(SITE_MODULES, scheme.linear.activation_bits)
+        bits: dict[Site, int] = {site: scheme.at(site).activation_bits for site in SITE_MODULES}
         bits |= {"key": scheme.key_bits, "value": scheme.value_bits}
         for site in bits:
             if bits[site] != FLOAT_BITS:
                 self._clip_logits[site] = clip_parameter(clips.get(site, 1.0), device)
         if not scheme.linear.is_float:
-            for module in MODULES:
+            for module, form in self._formats.items():
                 rows, k = block.weight(module).shape
-                logs = torch.zeros(rows * scheme.linear.groups(k), 1, device=device)
+                logs = torch.zeros(rows * form.groups(k), 1, device=device)
                 self._weight_logs[module] = logs.requires_grad_()
             self.fit_weight_scales()
 
@@ -87,9 +87,9 @@ class Trainable:
         if self._scheme.linear.is_float:
             return
         folded = fold_block(self._block, self.factors())
-        for module in MODULES:
-            rows = self._rows(folded.weight(module))
-            self._fitted[module] = fit_scale(rows, self._scheme.linear), rows.abs().amax(1, keepdim=True)
+        for module, form in self._formats.items():
+            rows = _rows(folded.weight(module), form)
+            self._fitted[module] = fit_scale(rows, form), rows.abs().amax(1, keepdim=True)
 
     def hooks(self) -> "TrainableHooks":
         """Return hooks that run the block with the parameters as they are, differentiable in them."""
@@ -102,7 +102,8 @@ class Trainable:
         return hooks
 
     def _rounded(self, module: str, weight: Tensor) -> Tensor:
-        form, rows = self._scheme.linear, self._rows(weight)
+        form = self._formats[module]
+        rows = _rows(weight, form)
         scale, largest = self._fitted[module]
         # The quotient first: it is exactly 1 where nothing moved since the fit.
         scale = scale * (rows.abs().amax(1, keepdim=True) / largest.clamp_min(1e-30)) * self._weight_logs[module].exp()
@@ -112,10 +113,11 @@ class Trainable:
         rounded = round_to_grid(rows, torch.where(scale > 0, scale, 1.0), -zero, zero - 1)
         return rounded.reshape(len(weight), -1)[:, : weight.shape[1]]
 
-    def _rows(self, weight: Tensor) -> Tensor:
-        """Return the rows that have one scale each, [out * groups, group]; the last group is filled with zeros."""
-        group = self._scheme.linear.group or weight.shape[1]
-        return torch.nn.functional.pad(weight, (0, -weight.shape[1] % group)).reshape(-1, group)
+
+def _rows(weight: Tensor, form: LinearFormat) -> Tensor:
+    """Return the rows that have one scale each, [out * groups, group]; the last group is filled with zeros."""
+    group = form.group or weight.shape[1]
+    return torch.nn.functional.pad(weight, (0, -weight.shape[1] % group)).reshape(-1, group)
 
 
 class TrainableHooks(LowBitHooks):
@@ -126,7 +128,7 @@ class TrainableHooks(LowBitHooks):
     ) -> None:
         """Take what `LowBitHooks` takes, and the logits of the clips."""
         linear = dataclasses.replace(scheme.linear, activation_bits=FLOAT_BITS)
-        unrounded = dataclasses.replace(scheme, linear=linear, key_bits=FLOAT_BITS, value_bits=FLOAT_BITS)
+        unrounded = Scheme(linear, FLOAT_BITS, FLOAT_BITS, scheme.lm_head)
         super().__init__(folded, factors, unrounded)
         self._grids = scheme
         self._clip_logits = clip_logits
@@ -136,7 +138,7 @@ class TrainableHooks(LowBitHooks):
         x = super().site(site, x)
         if site not in self._clip_logits:
             return x
-        return round_activation_through(x, self._grids.linear.activation_bits, self._clip(site))
+        return round_activation_through(x, self._grids.at(site).activation_bits, self._clip(site))
 
     def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, and keys and values as the cache gives them back."""

@@ -1,1 +1,1 @@
-"""Measuring a bundle: perplexity, speed and memory."""
+"""Measuring a model: perplexity, divergence from the float model, speed and memory, and models side by side."""

@@ -6,19 +6,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.errors import PlanishError
 
-__all__ = ["Benchmark", "Side", "bench"]
+__all__ = ["Benchmark", "Side", "bench", "measure_sides"]
 
 #: Told after each repeat: (repeats done, repeats in all) -> None
 Progress = Callable[[int, int], None]
-
-_SIDES = ("bundle", "float")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,17 +90,44 @@ def bench(
     """
     with tempfile.TemporaryDirectory(prefix="planish-bench-") as scratch:
         models = {"bundle": bundle.model_path(), "float": _export(bundle, Path(scratch))}
-        measured: dict[str, list[dict[str, float]]] = {side: [] for side in _SIDES}
-        for repeat in range(repeats):
-            for side in _SIDES:
-                measured[side].append(_measure(models[side], threads, tokens, decode_tokens))
-            if progress:
-                progress(repeat + 1, repeats)
-    low, against = (
-        Side(**{name: statistics.median(run[name] for run in measured[side]) for name in measured[side][0]})
-        for side in _SIDES
-    )
-    return Benchmark(low, against, threads, tokens)
+        sides = measure_sides(
+            models, threads=threads, tokens=tokens, decode_tokens=decode_tokens, repeats=repeats, progress=progress
+        )
+    return Benchmark(sides["bundle"], sides["float"], threads, tokens)
+
+
+def measure_sides(
+    models: Mapping[str, Path],
+    *,
+    threads: int = 2,
+    tokens: int = 512,
+    decode_tokens: int = 32,
+    repeats: int = 5,
+    progress: Progress | None = None,
+) -> dict[str, Side]:
+    """Measure several models in turn, `repeats` times, each time in a process of its own.
+
+    Args:
+        models: name -> an ONNX file that planish wrote.
+        threads: threads of ONNX Runtime.
+        tokens: length of the prompt.
+        decode_tokens: how many new tokens are timed.
+        repeats: how often all are measured.
+        progress: is told after each repeat.
+
+    Raises:
+        PlanishError: if one cannot be measured.
+    """
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+    for repeat in range(repeats):
+        for name, model in models.items():
+            measured[name].append(_measure(model, threads, tokens, decode_tokens))
+        if progress:
+            progress(repeat + 1, repeats)
+    return {
+        name: Side(**{field: statistics.median(run[field] for run in runs) for field in runs[0]})
+        for name, runs in measured.items()
+    }
 
 
 def _export(bundle: Bundle, folder: Path) -> Path:

@@ -20,7 +20,7 @@ from planish.compiler.learn.device import clear_memory_errors, open_device
 from planish.compiler.learn.rotated import RotatedCheckpoint
 from planish.compiler.pipeline.estimate import Work, estimate, unasked_polish
 from planish.compiler.pipeline.flatten import Flattening, check_calibration, flatten
-from planish.compiler.pipeline.high_impact import high_impact_fingerprint, read_high_impact, untransformed
+from planish.compiler.pipeline.high_impact import HighChannels, high_channels, high_impact_fingerprint, untransformed
 from planish.compiler.pipeline.plan import make_plan
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.pipeline.stages import StageClock
@@ -32,14 +32,13 @@ from planish.compiler.report.run_record import LoudSite, RunRecord, versions
 from planish.compiler.report.write import write_report
 from planish.compiler.runtime.tokenizer import Tokenizer
 from planish.compiler.select.choose_forms import forms_of_plan
-from planish.compiler.select.overrides import resolve_overrides
+from planish.compiler.select.overrides import override_scheme, resolve_overrides
 from planish.compiler.select.plan_file import save_transforms
 from planish.compiler.verify.passes import PassDrift, verify_flattening
 from planish.compiler.verify.verification import verify
+from planish.passes.formats import LM_HEAD
 from planish.passes.high_impact import HighImpactOf
-from planish.passes.quantize_linears import LM_HEAD
 from planish.passes.scheme import Scheme
-from planish.passes.transforms import HighImpacts
 
 __all__ = ["compile_model", "compile_recipe"]
 
@@ -62,6 +61,11 @@ def compile_model(
     select: str | None = None,
     plan: str | Path | None = None,
     high_impact: str | Path | None = None,
+    avg_bits: float | None = None,
+    hic_policy: str | None = None,
+    hic_ratio: float | None = None,
+    hic_bits: int | None = None,
+    round: str | None = None,
     residual_rotation: bool | None = None,
     dataset: str | None = None,
     nsamples: int | None = None,
@@ -94,6 +98,11 @@ def compile_model(
         select: see `Recipe`.
         plan: see `Recipe`.
         high_impact: see `Recipe`.
+        avg_bits: see `Recipe`.
+        hic_policy: see `Recipe`.
+        hic_ratio: see `Recipe`.
+        hic_bits: see `Recipe`.
+        round: see `Recipe`.
         residual_rotation: see `Recipe`.
         dataset: see `Recipe`.
         nsamples: see `Recipe`.
@@ -127,6 +136,11 @@ def compile_model(
         select=select,
         plan=None if plan is None else str(plan),
         high_impact=None if high_impact is None else str(high_impact),
+        avg_bits=avg_bits,
+        hic_policy=hic_policy,
+        hic_ratio=hic_ratio,
+        hic_bits=hic_bits,
+        round=round,
         residual_rotation=residual_rotation,
         dataset=dataset,
         nsamples=nsamples,
@@ -151,6 +165,7 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
     scheme, policy = recipe.parsed_scheme(), recipe.parsed_policy()
     # What is wrong with it is said before a checkpoint is fetched; how long sequences are depends on the model.
     recipe.calibration()
+    recipe.parsed_high_policy()
     open_device(recipe.device)
     check_targets(recipe)
     check_output(out)
@@ -165,12 +180,12 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
     if policy.name != "none":
         check_calibration(calibration)
         settings["calibration"] = calibration.fingerprint()
-    resolve_overrides(policy.overrides, checkpoint.config.num_hidden_layers)
+    scheme = override_scheme(scheme, resolve_overrides(policy.overrides, checkpoint.config.num_hidden_layers))
     if policy.plan is not None:
         settings["plan"] = [each.forms for each in forms_of_plan(policy.plan, checkpoint)]
-    high = read_high_impact(recipe, checkpoint, scheme)
-    if high:
-        settings["high_impact"] = high_impact_fingerprint(high)
+    high = high_channels(recipe, checkpoint, scheme)
+    if high.given:
+        settings["high_impact"] = high_impact_fingerprint(high.given)
     with WorkFolder.hold(out, settings, progress) as work, clear_errors(out):
         check_space(work.path, estimate(checkpoint.config, scheme, Work.of(recipe, checkpoint.config)).disk)
         clock = StageClock(progress, work.noted(), work.note)
@@ -187,7 +202,7 @@ class _Compile:
     scheme: Scheme
     recipe: Recipe
     calibration: CalibrationSettings
-    high: HighImpacts
+    high: HighChannels
     work: WorkFolder
     progress: StageClock
     drifts: tuple[PassDrift, ...] = ()
@@ -200,9 +215,9 @@ class _Compile:
         bundle, targets = self.work.bundle, self.recipe.targets
         self.checkpoint.write_sidecars(bundle)
         # The graph first: what it cannot express is refused before the long work, and its weights are read when saved.
-        untouched = untransformed(self.checkpoint.config).with_high(self.high)
+        untouched = untransformed(self.checkpoint.config).with_high(self.high.given)
         codes = CodesOnDisk(self.work.codes, self.checkpoint, self.scheme, untouched.high)
-        transforms = untouched if self.high else None
+        transforms = untouched if self.high.given else None
         model, left_float = portable_model(self.checkpoint, self.scheme, codes, transforms)
         self.progress.note("open")
         flattening = self._flatten()
@@ -247,8 +262,7 @@ class _Compile:
             return None
         if self.recipe.residual_rotation:
             base = RotatedCheckpoint(base, self.calibration.seed)
-        self.work.codes.mkdir(exist_ok=True)
-        codes, device = CodesOnDisk(self.work.codes, base, self.scheme), open_device(self.recipe.device)
+        device = open_device(self.recipe.device)
         with clear_memory_errors(device):
             flattening = flatten(
                 base,
@@ -258,17 +272,19 @@ class _Compile:
                 self.recipe.refine,
                 self._polish_epochs(),
                 self.work.flatten,
-                codes,
+                self.work.codes,
                 self.high,
+                self.recipe.round,
                 self.progress,
                 device,
             )
         if flattening.lost_to_nearest is not None:
             self.progress.say(f"flattening does not pay: {flattening.lost_to_nearest}")
-            if self.recipe.leaves_policy_open:
+            # Without transforms there are none of the channels that the bits were asked for.
+            if self.recipe.leaves_policy_open and not self.high.any:
                 measured = {name: value for name, value in flattening.plan.items() if name.startswith("held_out_")}
                 self.fallback = {"fallback": f"nothing is flattened: {flattening.lost_to_nearest}", **measured}
-                codes.drop()
+                flattening.codes.drop()
                 return None
         if self.recipe.verify_passes:
             self.progress.say("verifying the passes that flatten")
@@ -279,9 +295,6 @@ class _Compile:
 
     def _polish_epochs(self) -> int:
         """Return how long to polish; None in the recipe is as long as it pays, if the model fits into memory."""
-        if self.high:
-            self.progress.say("not polished: the model has high-impact channels")
-            return 0
         if self.recipe.polish is not None:
             return self.recipe.polish
         epochs = unasked_polish(self.checkpoint.config)

@@ -21,22 +21,25 @@ from planish.compiler.learn.next_token import Head, rounded_to_nearest_outputs
 from planish.compiler.learn.polish import polish
 from planish.compiler.learn.refine import Refinement
 from planish.compiler.learn.rotated import RotatedCheckpoint
+from planish.compiler.learn.segments import Rounding
+from planish.compiler.learn.site_fit import Steps
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.transformed import TransformedCheckpoint
+from planish.compiler.pipeline.high_impact import HighChannels, place_high_channels, unranked
 from planish.compiler.pipeline.loud_sites import loudest_sites
 from planish.compiler.progress import Progress
-from planish.compiler.quantize.codes import CodesOnDisk, round_in_segments
+from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.report.run_record import LoudSite
 from planish.compiler.select.choose_forms import choose_forms
 from planish.compiler.select.forms import online_flops
 from planish.compiler.select.policy import SelectionPolicy
 from planish.compiler.select.site_choice import HighChoice, SiteChoice, transforms_entry
 from planish.passes.scheme import Scheme
-from planish.passes.transforms import SITES, HighImpacts, Site, Transforms
+from planish.passes.transforms import SITES, Site, Transforms
 
 __all__ = ["Flattening", "calibration_on_disk", "check_calibration", "flatten"]
 
-_TOKENS, _CODES, _SEGMENTS, _HELD_OUT = "calibration.npy", "codes", "segments", "held_out.json"
+_TOKENS, _CODES, _HELD_OUT = "calibration.npy", "codes", "held_out.json"
 _FLOAT, _NEAREST = "float", "rounded to nearest"
 
 
@@ -53,8 +56,7 @@ class Flattening:
         rounded: the checkpoint as it was when its weights were rounded, and their codes: polishing moves gains and the
             scales of codes afterwards.
         lost_to_nearest: in words, if on the held-out sequences the model comes out further from the float one than
-            with nothing flattened and all weights rounded to nearest; else None. Not compared where there are
-            high-impact channels.
+            with nothing flattened and all weights rounded to nearest; else None.
         loud: the sites of the loudest outliers, channel by channel.
     """
 
@@ -85,37 +87,45 @@ def flatten(
     refine_epochs: int,
     polish_epochs: int,
     folder: Path,
-    codes: CodesOnDisk,
-    high: HighImpacts,
+    codes_folder: Path,
+    high: HighChannels,
+    rounding: Rounding,
     progress: Progress,
     device: torch.device,
 ) -> Flattening:
     """Flatten `checkpoint` for `scheme`, working in `folder`; refine each block and polish the whole for some epochs.
 
     All of it is computed on `device`, which holds a block and a batch, and the whole model only while that writes the
-    text or is polished. See `flatten_checkpoint` and `polish` for what a killed run keeps. Linears with high-impact
-    channels are rounded to nearest, in segments; with any, nothing can be polished.
+    text or is polished. See `flatten_checkpoint` and `polish` for what a killed run keeps. How many
+    channels are high is chosen before blocks are flattened, and which ones then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rounded = codes
-    if polish_epochs:
-        (folder / _CODES).mkdir(exist_ok=True)
-        rounded = CodesOnDisk(folder / _CODES, checkpoint, scheme)
     tokens = calibration_on_disk(checkpoint, settings, folder, progress, device)
     chosen = choose_forms(checkpoint, scheme, policy, tokens, folder, progress, settings.seed, device)
+    forms = [each.forms for each in chosen]
+    placed, choice = place_high_channels(
+        high, checkpoint, scheme, forms, tokens, folder, settings.seed, progress, device
+    )
+    codes_folder.mkdir(exist_ok=True)
+    first_folder = folder / _CODES if polish_epochs else codes_folder
+    first_folder.mkdir(exist_ok=True)
+    unordered = CodesOnDisk(first_folder, checkpoint, scheme, unranked(placed, checkpoint.config).high)
     transforms = flatten_checkpoint(
         checkpoint,
         scheme,
-        [each.forms for each in chosen],
+        forms,
         tokens,
         folder,
-        rounded,
+        unordered,
         seed=settings.seed,
+        steps=Steps(rounding=rounding),
         refinement=Refinement(epochs=refine_epochs, seed=settings.seed) if refine_epochs else None,
+        high=placed,
         device=device,
         progress=lambda done, total: progress.step("flatten", done, total),
     )
-    transforms = transforms.with_high(high)
+    # Which channels are high is known by now.
+    rounded, codes = (CodesOnDisk(each, checkpoint, scheme, transforms.high) for each in (first_folder, codes_folder))
     measured = read_evidence(folder, len(chosen))
     choices = [
         SiteChoice(
@@ -132,37 +142,33 @@ def flatten(
         for site in SITES
     ]
     entry = transforms_entry(choices, policy, checkpoint.config, checkpoint.fingerprint())
+    if choice:
+        entry["high_impact"] = choice
     before = TransformedCheckpoint(checkpoint, transforms), rounded
-    lost = None
-    if high:
-        # What was measured on the way has no segments, so it says nothing of the model that is made.
-        codes = round_in_segments(rounded, before[0], scheme, folder / _SEGMENTS, transforms.high)
-        before = before[0], codes
-    else:
-        divergence, cross_entropy = _held_out(checkpoint, scheme, tokens, folder, device)
-        progress.step("compare", 1, 1)
-        if polish_epochs:
-            transforms, entry["polish"] = _polish(
-                checkpoint,
-                scheme,
-                transforms,
-                rounded,
-                tokens,
-                polish_epochs,
-                settings.seed,
-                folder,
-                codes,
-                progress,
-                device,
-            )
-            divergence["flattened and polished"] = min(entry["polish"]["held_out_divergence"])
-            cross_entropy["flattened and polished"] = entry["polish"].pop("held_out_cross_entropy")
-        entry["held_out_divergence"], lost = divergence, _loss_to_nearest(divergence)
-        entry["held_out_cross_entropy"] = cross_entropy
+    divergence, cross_entropy = _held_out(checkpoint, scheme, tokens, folder, device)
+    progress.step("compare", 1, 1)
+    if polish_epochs:
+        transforms, entry["polish"] = _polish(
+            checkpoint,
+            scheme,
+            transforms,
+            rounded,
+            tokens,
+            polish_epochs,
+            settings.seed,
+            folder,
+            codes,
+            progress,
+            device,
+        )
+        divergence["flattened and polished"] = min(entry["polish"]["held_out_divergence"])
+        cross_entropy["flattened and polished"] = entry["polish"].pop("held_out_cross_entropy")
+    entry["held_out_divergence"], entry["held_out_cross_entropy"] = divergence, cross_entropy
     made = TransformedCheckpoint(checkpoint, transforms)
     if isinstance(checkpoint, RotatedCheckpoint):
         transforms = dataclasses.replace(transforms, residual=checkpoint.rotation)
-    return Flattening(checkpoint, made, transforms, entry, codes, before, lost, loudest_sites(measured, folder))
+    lost, loud = _loss_to_nearest(divergence), loudest_sites(measured, folder)
+    return Flattening(checkpoint, made, transforms, entry, codes, before, lost, loud)
 
 
 def _high_choice(transforms: Transforms, layer: int, site: Site) -> HighChoice | None:
@@ -243,8 +249,10 @@ def _polish(
         kept = {}
         for module in MODULES:
             name = f"{part}.{module}"
-            weight = rounded.quantized(name)
-            kept[name] = dataclasses.replace(weight, scale=weight.scale * polished.row_scales[name])
+            for segment in rounded.segments(name):
+                weight = rounded.quantized(segment.of(name))
+                scale = weight.scale * polished.row_scales[segment.of(name)]
+                kept[segment.of(name)] = dataclasses.replace(weight, scale=scale)
         codes.keep(part, kept)
     return polished.transforms, {
         "epochs": epochs,

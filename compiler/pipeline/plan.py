@@ -9,7 +9,7 @@ import torch
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.quantize.arithmetic import channels_of, dequantize_weight
 from planish.compiler.quantize.codes import CodesOnDisk, module_groups
-from planish.passes.quantize_linears import LM_HEAD
+from planish.passes.formats import LM_HEAD
 from planish.passes.scheme import Scheme
 
 __all__ = ["make_plan"]

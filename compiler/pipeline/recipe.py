@@ -12,7 +12,9 @@ from planish.compiler.calibrate.settings import SELF, CalibrationSettings
 from planish.compiler.checkpoint.files import write_text
 from planish.compiler.errors import CalibrationError, RecipeError, SelectionError
 from planish.compiler.learn.device import device_kind
+from planish.compiler.learn.segments import Rounding
 from planish.compiler.pipeline.recipe_file import RecipeFile
+from planish.compiler.select.high_channels import HighPolicy, RankScore
 from planish.compiler.select.overrides import SiteOverride
 from planish.compiler.select.policy import SelectionPolicy
 from planish.passes.scheme import Scheme
@@ -49,7 +51,29 @@ class Recipe(BaseModel):
     """
     overrides: dict[str, SiteOverride] = Field(default_factory=dict)
     r"""Regular expression -> what the sites or linears whose whole names it matches get instead of what the policy
-    says, such as `model.layers.(0|1)\..*: {kind: rotation}`.
+    and the scheme say, such as `model.layers.(0|1)\..*: {kind: rotation, bits: 4}`.
+    """
+    avg_bits: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Stored bits per weight of the decoder blocks' linears, scales and orders of channels counted, that
+    high-impact channels may use up; None chooses none.
+    """
+    hic_policy: Literal["solved", "fixed"] | None = None
+    """`solved`, numbers of high-impact channels of least loss together, or `fixed`, the same share at all sites;
+    None is `solved`.
+    """
+    hic_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the channels of every site that are high-impact ones, instead of a budget."""
+    hic_bits: Literal[3, 4, 8] | None = None
+    """Of the weights of high-impact channels; None is 4, or 8 where the scheme has 4."""
+    hic_candidates: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] | None = None
+    """Shares that `solved` tries; None is some around what the budget allows."""
+    hic_score: RankScore = "damage"
+    """What ranks channels: `damage` or `moment`, see `Score`."""
+    hic_weighting: bool = True
+    """Whether a block's loss counts by how much the model's loss depends on its output."""
+    round: Rounding = "gptq"
+    """How weights are rounded: `gptq`, `adaround` (of high-impact channels, with learned clips of the others), or
+    `nearest`.
     """
     residual_rotation: bool = False
     """Rotate the residual stream, folded into the weights at no cost at run time, before transforms are chosen and
@@ -134,7 +158,7 @@ class Recipe(BaseModel):
                 f"The policy {policy} flattens what linears round, and {self.scheme} leaves linears in floating "
                 "point. Leave out --select, --plan, --residual-rotation and overrides, or give the linears low bits."
             )
-        if policy.name == "none" and self.overrides:
+        if policy.name == "none" and any(each.kind or each.form for each in self.overrides.values()):
             raise SelectionError(
                 "The recipe overrides transforms, and the policy none makes none. Leave out the overrides, or give "
                 "--select fixed:rotation or another policy."
@@ -145,6 +169,50 @@ class Recipe(BaseModel):
                 "Leave out --residual-rotation, or give --select measured:0, which allows nothing that runs online."
             )
         return policy
+
+    def parsed_high_policy(self) -> HighPolicy | None:
+        """Return how high-impact channels are chosen; None is not at all.
+
+        Raises:
+            SelectionError: if settings contradict each other, or ask for channels where nothing is flattened.
+        """
+        if self.avg_bits is None and self.hic_ratio is None:
+            if self.hic_policy or self.hic_bits or self.hic_candidates:
+                raise SelectionError(
+                    "High-impact channels need a number: give --avg-bits, or --hic-ratio, or leave out the other "
+                    "settings of theirs."
+                )
+            return None
+        if self.avg_bits is not None and self.hic_ratio is not None:
+            raise SelectionError(
+                "A budget of bits and a ratio both say how many channels are high. Leave out --avg-bits or --hic-ratio."
+            )
+        if self.hic_ratio is not None and self.hic_policy == "solved":
+            raise SelectionError("A ratio leaves nothing to solve. Give --avg-bits instead, or leave out --hic-policy.")
+        if self.high_impact is not None:
+            raise SelectionError(
+                f"{self.high_impact} says which channels are high. Leave it out, or --avg-bits and --hic-ratio."
+            )
+        linear = self.parsed_scheme().linear
+        if linear.is_float or self.parsed_policy().name == "none":
+            raise SelectionError(
+                "High-impact channels are chosen behind transforms, and nothing is flattened here. Give the linears "
+                "low bits, and --select another policy, such as measured:0, which allows nothing that runs online."
+            )
+        if any(each.bits is not None for each in self.overrides.values()):
+            raise SelectionError(
+                "The bits of some sites are given by overrides, and a budget or ratio decides about all of them. Leave "
+                "out the bits of the overrides, or --avg-bits and --hic-ratio."
+            )
+        return HighPolicy(
+            bits=self.hic_bits or (4 if linear.weight_bits < 4 else 8),
+            average=self.avg_bits,
+            share=self.hic_ratio,
+            name="fixed" if self.hic_ratio is not None else self.hic_policy or "solved",
+            candidates=self.hic_candidates,
+            score=self.hic_score,
+            weighted=self.hic_weighting,
+        )
 
     @property
     def leaves_policy_open(self) -> bool:

@@ -41,12 +41,11 @@ def lower(target: str, portable: Path, folder: Path, recipe: Recipe, longest: in
     Raises:
         EngineBuildError: if an engine cannot be built.
     """
-    model = ir.load(portable)
     folder.mkdir(parents=True, exist_ok=True)
     if target == "ort":
         from planish.compiler.backends.ort import build_ort
 
-        build_ort(model, folder, lambda done, total: progress.step("lower to ort", done, total))
+        build_ort(ir.load(portable), folder, lambda done, total: progress.step("lower to ort", done, total))
         return
     from planish.compiler.backends.tensorrt import build_engines
 
@@ -57,4 +56,4 @@ def lower(target: str, portable: Path, folder: Path, recipe: Recipe, longest: in
         "sms": recipe.sms,
     }
     given = {name: limit for name, limit in limits.items() if limit is not None}
-    build_engines(model, folder, flavour=target, progress=progress, **given)
+    build_engines(portable, folder, flavour=target, progress=progress, **given)

@@ -16,12 +16,12 @@ from safetensors.numpy import save_file
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.quantize.arithmetic import QuantizedWeight, channels_of, quantize_weight
 from planish.passes.codes import PackedWeight
+from planish.passes.formats import LM_HEAD, format_of
 from planish.passes.high_impact import HighImpactOf, Segment, module_of, no_high_impact, segments
-from planish.passes.quantize_linears import LM_HEAD
 from planish.passes.scheme import LinearFormat, Scheme
 from planish.plugins.packing import pack, unpack
 
-__all__ = ["CodesOnDisk", "module_groups", "quantize_checkpoint", "round_in_segments"]
+__all__ = ["CodesOnDisk", "module_groups", "quantize_checkpoint"]
 
 #: (name of the finished part, parts done, parts in all) -> None
 Progress = Callable[[str, int, int], None]
@@ -47,8 +47,7 @@ class CodesOnDisk:
 
     def segments(self, module: str) -> tuple[Segment, ...]:
         """Return the segments of the input channels of `module`: one, or the high-impact ones and the rest."""
-        form = self._scheme.lm_head if module == LM_HEAD else self._scheme.linear
-        return segments(form, self._high(module))
+        return segments(format_of(self._scheme, module), self._high(module))
 
     def format(self, name: str) -> LinearFormat:
         """Return the format of a module or segment."""
@@ -166,25 +165,4 @@ def quantize_checkpoint(
         codes.write(part, modules)
         if progress:
             progress(part, done, len(groups))
-    return codes
-
-
-def round_in_segments(
-    rounded: CodesOnDisk, checkpoint: Checkpoint, scheme: Scheme, folder: Path, high: HighImpactOf
-) -> CodesOnDisk:
-    """Return the codes `rounded` of all decoder blocks, but in segments where input channels are high-impact ones.
-
-    Modules with such channels are rounded to nearest anew, from `checkpoint`; all others keep their codes. They are
-    written into `folder`, a part at a time, skipping what is there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    codes = CodesOnDisk(folder, checkpoint, scheme, high)
-    for part, modules in module_groups(checkpoint, scheme).items():
-        if part == LM_HEAD or codes.has(part):
-            continue
-        kept: dict[str, QuantizedWeight] = {}
-        for module in modules:
-            whole = len(codes.segments(module)) == 1
-            kept |= {module: rounded.quantized(module)} if whole else codes.rounded(module)
-        codes.keep(part, kept)
     return codes

@@ -36,10 +36,12 @@ class Cache:
     Attributes:
         tensors: one OrtValue per cache input of the model, in the order of the inputs.
         mask: int64 [batch, tokens], 1 for real tokens, 0 for padding.
+        arrays: what owns the memory of `tensors`, where they do not own it themselves.
     """
 
     tensors: tuple[Any, ...]
     mask: Ints
+    arrays: tuple[npt.NDArray[Any], ...] = ()
 
     def __len__(self) -> int:
         """Return the number of cached tokens, padding included."""
@@ -49,6 +51,12 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes of keys, values and their scales."""
         return sum(int(np.prod(t.shape())) * _DTYPES[t.data_type()]().itemsize for t in self.tensors)
+
+    def take(self, rows: Sequence[int]) -> "Cache":
+        """Return a copy that holds the sequences `rows` of the batch, in this order; any of them several times."""
+        arrays = tuple(tensor.numpy()[list(rows)] for tensor in self.tensors)
+        tensors = tuple(OrtValue.ortvalue_from_numpy(array, _CPU) for array in arrays)
+        return Cache(tensors, self.mask[list(rows)], arrays)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,6 +45,27 @@ class Tokenizer:
         """Return the text of `ids`, special tokens left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return every token, special ones included, and its number."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
+    def token(self, number: int) -> str:
+        """Return how the vocabulary spells a token.
+
+        Raises:
+            KeyError: if there is no such token.
+        """
+        spelled = self._tokenizer.id_to_token(number)
+        if spelled is None:
+            raise KeyError(number)
+        return str(spelled)
+
+    def special_token(self, role: str) -> int | None:
+        """Return the token that the tokenizer's settings name for `role`, such as bos_token; None where they do not."""
+        named = {**self._json("special_tokens_map.json"), **self._config()}.get(role)
+        spelled = named.get("content") if isinstance(named, dict) else named
+        return self._tokenizer.token_to_id(spelled) if isinstance(spelled, str) else None
+
     def stream(self) -> "TextStream":
         """Return a decoder for tokens that come one at a time."""
         return TextStream(self._tokenizer)
@@ -74,12 +95,15 @@ class Tokenizer:
             raise TokenizerError(f"The chat template of {self._folder} refuses these messages: {error}") from error
 
     def _config(self) -> dict[str, Any]:
-        path = self._folder / "tokenizer_config.json"
+        return self._json("tokenizer_config.json")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self._folder / name
         try:
-            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except ValueError as error:
             raise TokenizerError(f"{path} cannot be read as JSON ({error}). Copy it from the model again.") from error
-        return config if isinstance(config, dict) else {}
+        return content if isinstance(content, dict) else {}
 
     def _template(self, config: Mapping[str, Any]) -> str:
         path = self._folder / "chat_template.jinja"

@@ -68,8 +68,8 @@ def measure_forms(
     """
     angles = Angles.of(checkpoint.config, token_ids.shape[1], device)
 
-    def visit(_: int, block: Block, streams: Streams, outputs: Sequences) -> dict[str, Any]:
-        return dataclasses.asdict(_measure_block(block, streams, outputs, angles, scheme))
+    def visit(layer: int, block: Block, streams: Streams, outputs: Sequences) -> dict[str, Any]:
+        return dataclasses.asdict(_measure_block(block, streams, outputs, angles, scheme.block(layer)))
 
     found = visit_float_blocks(
         checkpoint,
@@ -171,7 +171,7 @@ class _OneSite(FloatHooks):
 
     def round_linears(self, rows: Tensor, token_weights: Tensor) -> None:
         """Round the linears of the site, and find its clip on `rows` [tokens, n]."""
-        form = self._scheme.linear
+        form = self._scheme.at(self._site)
         for module in SITE_MODULES[self._site]:
             mapped = self._factors.apply_to_weight(self._block.weight(module).double()).float()
             self._weights[module] = quantize_weight(mapped, form)
@@ -182,7 +182,7 @@ class _OneSite(FloatHooks):
         """Transform and round at the one site."""
         if site != self._site:
             return x
-        return round_activation(self._factors.apply(x), self._scheme.linear.activation_bits, self.clip)
+        return round_activation(self._factors.apply(x), self._scheme.at(site).activation_bits, self.clip)
 
     def linear(self, module: str, x: Tensor) -> Tensor:
         """Return the output of a linear, rounded or not."""

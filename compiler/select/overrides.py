@@ -1,17 +1,19 @@
 """What single sites or layers get instead of what the policy and the scheme say, named by regular expressions."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from planish.compiler.errors import SelectionError
 from planish.compiler.learn.candidates import Form, kind_of
 from planish.compiler.select.forms import SITE_FORMS, form_of
+from planish.passes.scheme import LinearFormat, Scheme
 from planish.passes.transforms import SITE_MODULES, SITES, Kind, Site
 
-__all__ = ["SiteOverride", "resolve_overrides"]
+__all__ = ["SiteOverride", "override_scheme", "resolve_overrides"]
 
 
 class SiteOverride(BaseModel):
@@ -23,11 +25,15 @@ class SiteOverride(BaseModel):
     """Kind of the transform; its form is the one that stands for the kind at the site."""
     form: Form | None = None
     """Form of the transform."""
+    bits: Literal[2, 3, 4, 8] | None = None
+    """Bits of the weights of the linears that read the site; keys and values have none."""
+    activation_bits: Literal[2, 3, 4, 5, 6, 7, 8, 16] | None = None
+    """Bits of the input of those linears; 16 leaves it in floating point."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.kind is None and self.form is None:
-            raise ValueError("it says nothing: give a kind or a form")
+        if not self.model_dump(exclude_none=True):
+            raise ValueError("it says nothing: give a kind, a form, bits or activation_bits")
         if self.kind is not None and self.form is not None and kind_of(self.form) != self.kind:
             raise ValueError(
                 f"the form {self.form} is of the kind {kind_of(self.form)}, not {self.kind}: give one of them"
@@ -45,6 +51,31 @@ class SiteOverride(BaseModel):
         if self.form is not None or self.kind is None:
             return self.form
         return "identity" if self.kind == "identity" else form_of(site, self.kind)
+
+    def format_at(self, site: Site, form: LinearFormat) -> LinearFormat:
+        """Return the format of the linears that read `site` where the scheme gives them `form`."""
+        if site not in SITE_MODULES:
+            return form
+        return dataclasses.replace(
+            form,
+            weight_bits=form.weight_bits if self.bits is None else self.bits,
+            activation_bits=form.activation_bits if self.activation_bits is None else self.activation_bits,
+        )
+
+
+def override_scheme(scheme: Scheme, resolved: Sequence[Mapping[Site, SiteOverride]]) -> Scheme:
+    """Return the scheme with the formats that overrides ask for.
+
+    Args:
+        scheme: with low-bit linears.
+        resolved: by decoder block, see `resolve_overrides`.
+    """
+    asked = {
+        (layer, site): override.format_at(site, scheme.linear)
+        for layer, of_layer in enumerate(resolved)
+        for site, override in of_layer.items()
+    }
+    return dataclasses.replace(scheme, formats={at: form for at, form in asked.items() if form != scheme.linear})
 
 
 def resolve_overrides(overrides: Mapping[str, SiteOverride], layers: int) -> list[dict[Site, SiteOverride]]:

@@ -3,6 +3,7 @@
 To second order the loss of a block is a(k) = dW_l^T H_ll dW_l / 2 of every group l with k high channels, and what two
 groups do to each other, C(k, j) = dW_l^T H_lm dW_m; blocks do not act on each other (arXiv 2511.17801). Nothing of H is
 computed: E(l, k) and E(l, k and m, j) are measured, a is the former, and C what the latter is beyond the sum of both.
+Where activations are quantised, the inputs of a low-bit group are on their grids too.
 """
 
 import dataclasses
@@ -24,17 +25,23 @@ from planish.compiler.learn.block import (
     SITE_MODULES,
     Angles,
     Block,
-    FloatHooks,
     Flow,
     enter_block,
+    run_block,
     run_site,
 )
 from planish.compiler.learn.block_loss import residual_loss
+from planish.compiler.learn.clips import search_clip
+from planish.compiler.learn.low_bit import Reached, round_inputs
+from planish.compiler.learn.site_moments import RESIDUAL_SITES, residual_weights
 from planish.compiler.learn.streams import Sequences, Streams
+from planish.compiler.learn.transformed_hooks import TransformedHooks, factors_of_layer
 from planish.compiler.progress import Progress
+from planish.compiler.quantize.arithmetic import channels_of
 from planish.compiler.select.channel_split import ChannelSplit, SplitWeight
 from planish.compiler.select.float_blocks import visit_float_blocks
-from planish.passes.transforms import Site
+from planish.passes.high_impact import Segment
+from planish.passes.transforms import Site, Transforms
 
 __all__ = ["BY_LINEAR", "BY_SITE", "Groups", "PairLosses", "group_shapes", "measure_pair_losses"]
 
@@ -47,6 +54,8 @@ BY_LINEAR: Groups = {module: (module,) for module in MODULES}
 
 #: Which groups are low-bit, and with which of their candidates: none, one or two of them.
 _Touched = tuple[tuple[str, int], ...]
+#: Rows on which clips are searched.
+_CLIP_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +97,16 @@ def measure_pair_losses(
     folder: Path,
     progress: Progress,
     groups: Groups = BY_SITE,
+    transforms: Transforms | None = None,
+    every: int = 1,
+    device: torch.device | None = None,
 ) -> list[PairLosses]:
     """Return the losses at every block, on float inputs, keeping each block's in `folder`: a killed run goes on.
 
-    Every part of a weight is rounded to nearest with scales of its own. A block is run from the first low-bit group on,
-    and what two choices have in common is run once. Memory holds the codes of one block's candidates, a byte for each
-    weight and candidate, and what flows through the block for four sequences.
+    Every part of a weight is rounded to nearest with scales of its own; where activations are quantised, clips are
+    those of no high channels for the rest, and of the most for the others. A block is run from the first low-bit group
+    on, and what two choices have in common is run once. Memory holds the codes of one block's candidates, a byte for
+    each weight and candidate, and what flows through the block for four sequences.
 
     Args:
         checkpoint: the float model.
@@ -105,6 +118,9 @@ def measure_pair_losses(
         folder: of this checkpoint, these candidates and these tokens alone.
         progress: is told how far the run is.
         groups: the linears whose channels are split alike.
+        transforms: behind which channels are; None is none.
+        every: behind attention, where tokens are for themselves, go on with one token of so many.
+        device: where a block and a batch are; None is the CPU.
 
     Raises:
         SelectionError: if a number of high channels is impossible.
@@ -112,10 +128,14 @@ def measure_pair_losses(
     """
     for name, shape in group_shapes(checkpoint, groups).items():
         split.check_counts(counts[name], split.channels(shape))
-    angles = Angles.of(checkpoint.config, token_ids.shape[1])
+    angles = Angles.of(checkpoint.config, token_ids.shape[1], device)
 
     def visit(layer: int, block: Block, streams: Streams, outputs: Sequences) -> dict[str, Any]:
-        measured = _Walk(block, split, orders[layer], counts, groups, angles).losses(streams, outputs)
+        hooks = TransformedHooks(block, factors_of_layer(transforms, layer, device))
+        walk = _Walk(block, hooks, split, orders[layer], counts, groups, angles, every)
+        if split.low.activation_bits < 8:
+            walk.find_clips(streams, outputs)
+        measured = walk.losses(streams, outputs)
         _check(measured)
         return dataclasses.asdict(_tables(measured, counts))
 
@@ -126,6 +146,7 @@ def measure_pair_losses(
         "pairs",
         visit,
         lambda done, total: progress.step("measure channel counts", done, total),
+        device,
     )
     return [PairLosses(**each) for each in found]
 
@@ -156,31 +177,61 @@ class _Walk:
     def __init__(
         self,
         block: Block,
+        hooks: TransformedHooks,
         split: ChannelSplit,
         orders: Mapping[str, Tensor],
         counts: Mapping[str, Sequence[int]],
         groups: Groups,
         angles: Angles,
+        every: int,
     ) -> None:
-        self._block, self._groups, self._angles = block, groups, angles
+        self._block, self._hooks, self._groups, self._angles = block, hooks, groups, angles
+        self._every = every
         self._at: dict[Site, list[str]] = {
             site: [name for name, modules in groups.items() if modules[0] in at_site]
             for site, at_site in SITE_MODULES.items()
         }
-        self._weights: dict[tuple[str, int], SplitWeight] = {}
+        self._candidates: dict[tuple[str, int], _Candidate] = {}
         for name, modules in groups.items():
-            weight = torch.cat([block.weight(module) for module in modules])
+            weight = torch.cat([hooks.weights[module] for module in modules])
             for index, count in enumerate(counts[name]):
-                self._weights[name, index] = split.quantize(weight, orders[name], count)
+                self._candidates[name, index] = _Candidate(
+                    split.quantize(weight, orders[name], count), split.segments(orders[name], count)
+                )
         self._choices: dict[str, range] = {name: range(len(each)) for name, each in counts.items()}
+
+    def find_clips(self, streams: Streams, outputs: Sequences) -> None:
+        """Search the clips of all candidates on some of the inputs; see `measure_pair_losses`."""
+        first = next(streams.all_batches())
+        for site, names in self._at.items():
+            self._hooks.stop = site
+            try:
+                run_block(self._block.config, self._hooks, streams.target[first], self._angles)
+            except Reached as reached:
+                x = reached.x.flatten(0, -2)[:_CLIP_ROWS]
+            finally:
+                self._hooks.stop = None
+            weighs = site in RESIDUAL_SITES
+            counted = residual_weights(outputs[first])[:_CLIP_ROWS] if weighs else torch.ones(len(x), device=x.device)
+            for name in names:
+                weight = torch.cat([self._hooks.weights[module] for module in self._groups[name]])
+                choices = [self._candidates[name, index] for index in self._choices[name]]
+                *_, rest = choices[0].segments
+                high, *others = choices[-1].segments
+                clips = {
+                    each.suffix: search_clip(channels_of(x, each), channels_of(weight, each), each.format, counted)
+                    for each in ((high, rest) if others else (rest,))
+                }
+                for choice in choices:
+                    choice.clip(clips)
 
     def losses(self, streams: Streams, outputs: Sequences) -> dict[_Touched, float]:
         """Return the loss of every choice, by its groups and their candidates in the order of the walk."""
         sums: dict[_Touched, float] = {}
         for part in streams.all_batches():
-            flow = enter_block(self._block.config, FloatHooks(self._block), streams.target[part])
+            flow = enter_block(self._block.config, self._hooks, streams.target[part])
             for touched, output in self._from([*SITE_MODULES], flow, ()):
-                loss = float(residual_loss(output, outputs[part]))
+                loss = float(residual_loss(output, outputs[part][:, :: self._every]))
                 sums[touched] = sums.get(touched, 0.0) + loss * (part.stop - part.start) / len(outputs)
         return sums
 
@@ -189,12 +240,14 @@ class _Walk:
         if not sites:
             yield touched, flow.residual
             return
-        hooks = _Branches(self._block, self._groups, self._weights)
+        hooks = _Branches(self._block, self._hooks, self._groups, self._candidates)
         for added in self._choices_at(sites[0], len(touched)):
             if not touched and not added and len(sites) == 1:
                 continue
             hooks.touched = dict(added)
             behind = run_site(self._block.config, hooks, sites[0], flow, self._angles)
+            if sites[0] == "attn_in":
+                behind = Flow(behind.residual[:, :: self._every], behind.x[:, :: self._every])
             yield from self._from(sites[1:], behind, (*touched, *added))
 
     def _choices_at(self, site: Site, taken: int) -> Iterator[_Touched]:
@@ -203,19 +256,46 @@ class _Walk:
                 yield from itertools.product(*([(name, index) for index in self._choices[name]] for name in names))
 
 
-class _Branches(FloatHooks):
-    """A site whose groups are float or low-bit; the products of one input with each weight are computed once.
+@dataclasses.dataclass
+class _Candidate:
+    """A group with one number of high channels.
+
+    Attributes:
+        weight: its codes.
+        segments: of its input channels.
+    """
+
+    weight: SplitWeight
+    segments: tuple[Segment, ...]
+
+    def clip(self, clips: Mapping[str, float]) -> None:
+        """Give the grid of each segment the clip under its suffix."""
+        self.segments = tuple(
+            dataclasses.replace(each, format=dataclasses.replace(each.format, clip=clips[each.suffix]))
+            for each in self.segments
+        )
+
+
+class _Branches:
+    """Hooks of a site whose groups are float or low-bit; the products of one input with each weight are computed once.
 
     Attributes:
         touched: the low-bit groups of the site, and their candidates.
     """
 
-    def __init__(self, block: Block, groups: Groups, weights: Mapping[tuple[str, int], SplitWeight]) -> None:
-        super().__init__(block)
+    def __init__(
+        self,
+        block: Block,
+        hooks: TransformedHooks,
+        groups: Groups,
+        candidates: Mapping[tuple[str, int], _Candidate],
+    ) -> None:
         self.touched: dict[str, int] = {}
+        self._block, self._hooks = block, hooks
         self._group_of = {module: name for name, modules in groups.items() for module in modules}
-        self._groups, self._weights = groups, weights
+        self._groups, self._candidates = groups, candidates
         self._products: dict[tuple[str, int | None], Tensor] = {}
+        self.site, self.heads, self.gain = hooks.site, hooks.heads, hooks.gain
 
     def linear(self, module: str, x: Tensor) -> Tensor:
         """Return the output of a linear, bias included."""
@@ -228,10 +308,12 @@ class _Branches(FloatHooks):
     def _add_products(self, name: str, index: int | None, x: Tensor) -> None:
         modules = self._groups[name]
         if index is None:
-            self._products |= {(module, None): super(_Branches, self).linear(module, x) for module in modules}
+            self._products |= {(module, None): self._hooks.linear(module, x) for module in modules}
             return
+        candidate = self._candidates[name, index]
         rows = [len(self._block.weight(module)) for module in modules]
-        weights = torch.split(self._weights[name, index].dequantize(), rows)
+        weights = torch.split(candidate.weight.dequantize(), rows)
+        x = round_inputs(x, candidate.segments)
         for module, weight in zip(modules, weights, strict=True):
             bias = self._block.tensors.get(f"{module}.bias")
             self._products[module, index] = torch.nn.functional.linear(x, weight, bias)

@@ -53,7 +53,7 @@ class SelectionPolicy:
     rule: KurtosisRule | None = None
     budget: float | None = None
     plan: Path | None = None
-    overrides: Mapping[str, SiteOverride] = dataclasses.field(default_factory=dict)
+    overrides: Mapping[str, SiteOverride] = dataclasses.field(default_factory=dict, hash=False)
 
     @classmethod
     def parse(cls, text: str) -> "SelectionPolicy":

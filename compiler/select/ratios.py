@@ -20,7 +20,7 @@ from planish.compiler.select.budget import Candidate, choose, unbeaten
 from planish.compiler.select.channel_split import ChannelSplit
 from planish.compiler.select.pair_losses import PairLosses
 
-__all__ = ["Shapes", "average_bits", "bit_budget", "choose_counts", "fixed_counts"]
+__all__ = ["Counts", "Shapes", "average_bits", "bit_budget", "choose_counts", "counts_of_share", "fixed_counts"]
 
 #: By group, the shape [out, in] of its weights, one below the other.
 Shapes = Mapping[str, tuple[int, int]]
@@ -81,19 +81,18 @@ def fixed_counts(shapes: Shapes, split: ChannelSplit, average: float) -> Counts:
     """Return the largest share of high channels that is the same in all groups and within the budget, as counts.
 
     Any share is tried, not only the candidates that losses were measured for: so this rule is not worse than another
-    for leaving bits unused. A group takes the multiple of the step that is not above its share, and all of its channels
-    at a share of 1.
+    for leaving bits unused. A group takes the multiple of the step that is not above its share.
 
     Raises:
         SelectionError: if the low bits alone exceed the budget.
     """
     channels = {name: split.channels(shape) for name, shape in shapes.items()}
-    shares = {count / n for n in channels.values() for count in (*range(0, n, split.step), n)}
+    shares = {count / n for n in channels.values() for count in range(0, split.most(n) + 1, split.step)}
     budget = bit_budget(average, shapes, 1)
     for share in sorted(shares, reverse=True):
         # The share is a quotient: what it makes of its own group again may fall short of the whole number by rounding.
         counts = {
-            name: n if share == 1 else math.floor(share * n / split.step + 1e-9) * split.step
+            name: min(split.most(n), math.floor(share * n / split.step + 1e-9) * split.step)
             for name, n in channels.items()
         }
         if _bits(counts, shapes, split) <= budget:
@@ -102,6 +101,25 @@ def fixed_counts(shapes: Shapes, split: ChannelSplit, average: float) -> Counts:
         f"{average:g} bits per weight are too few: the low format alone takes "
         f"{average_bits([dict.fromkeys(shapes, 0)], shapes, split):.3f}. Give more bits."
     )
+
+
+def counts_of_share(shapes: Shapes, split: ChannelSplit, share: float) -> Counts:
+    """Return by group the multiple of the step that is closest to a share of its channels.
+
+    Raises:
+        SelectionError: if that is none, or all, of the channels of a group.
+    """
+    counts = {}
+    for name, shape in shapes.items():
+        n = split.channels(shape)
+        counts[name] = round(share * n / split.step) * split.step
+        if not 0 < counts[name] <= split.most(n):
+            raise SelectionError(
+                f"A share of {share:g} of the {n} channels at {name} cannot be high: they are taken {split.step} at a "
+                f"time, from {split.step} to {split.most(n)}. Give a share of {split.step / n:.3f} to "
+                f"{split.most(n) / n:.3f}."
+            )
+    return counts
 
 
 @dataclasses.dataclass(frozen=True)

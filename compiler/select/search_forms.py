@@ -33,8 +33,8 @@ def search_forms(
     All of it is computed on `device`; None is the CPU.
     """
 
-    def visit(_: int, block: Block, streams: Streams, outputs: Sequences) -> dict[str, Any]:
-        return dataclasses.asdict(search_block(block, streams, outputs, scheme, Search(seed=seed)))
+    def visit(layer: int, block: Block, streams: Streams, outputs: Sequences) -> dict[str, Any]:
+        return dataclasses.asdict(search_block(block, streams, outputs, scheme.block(layer), Search(seed=seed)))
 
     found = visit_float_blocks(checkpoint, token_ids, folder, "search", visit, progress, device)
     return [Searched(**each) for each in found]

@@ -25,8 +25,8 @@ from planish.compiler.quantize.arithmetic import (
     quantize_activation,
     quantize_kv,
 )
+from planish.passes.formats import LM_HEAD, format_of
 from planish.passes.high_impact import Segment, segments
-from planish.passes.quantize_linears import LM_HEAD
 from planish.passes.scheme import FLOAT_BITS, LinearFormat, Scheme
 from planish.passes.transforms import Site, Transform, Transforms
 
@@ -182,7 +182,7 @@ class Oracle:
         if self.scheme.linear.is_float:
             outputs = [x @ self._tensor(f"{module}.weight").T for module in modules]
         else:
-            outputs = self._low_bit(x, site, modules, self.scheme.linear)
+            outputs = self._low_bit(x, site, modules, format_of(self.scheme, modules[0]))
         has_bias = self.config.attention_bias if "self_attn" in modules[0] else self.config.mlp_bias
         if has_bias:
             outputs = [y + self._tensor(f"{module}.bias") for y, module in zip(outputs, modules, strict=True)]

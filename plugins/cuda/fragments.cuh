@@ -26,7 +26,8 @@ struct Place {
     int k;
 };
 
-// --- the instructions, with FIELDS elements in a register: 4 bytes (m16n8k32) or 8 nibbles (m16n8k64) ---
+// --- the instructions, with FIELDS elements in a register: 2 halves (m16n8k16), 4 bytes (m16n8k32) or 8 nibbles
+// (m16n8k64) ---
 
 // Element `field` of register a[reg], reg = 0 .. 3.
 template <int FIELDS>
@@ -60,22 +61,51 @@ PLANISH_HD int nibble_channel(int lane, int i) { return 16 * (lane % 4) + 8 * (i
 // reg)].
 PLANISH_HD constexpr int u8_register(int h, int reg) { return 4 * h + 2 * (reg & 1) + (reg >> 1); }
 
-// --- the activations of a token, stored in the order in which lanes load them ---
+// --- the activations of a token, stored in the order in which they are loaded ---
 
-// 4-bit codes stay in natural order, two to a byte, the even channel low: lane (g, t) reads the 8 bytes of its 16
-// channels, and b[reg] of the MMA is word reg of them.
+enum class Order : int32_t { kLanes = 0, kColumns = 1, kNibbles = 2 };
+
+// kLanes, one code to a byte: sorted within every eight channels, the even ones first, as the even and odd nibbles of
+// the weights come apart. Lane (g, t) reads 16 bytes, and b[reg] of MMA h is word 2 h + reg of them.
 //
-// 8-bit codes are sorted within every eight channels, the even ones first, as the even and odd nibbles of the weights
-// come apart: lane (g, t) reads 16 bytes, and b[reg] of MMA h is word 2 h + reg of them.
+// kColumns, one code to a byte: the words of kLanes, four channels each, transposed within every 64 channels. A wgmma
+// reads 32 consecutive bytes as its k, so word t of the 16 bytes 2 h + reg is what b[reg] of MMA h is in lane (g, t).
+//
+// kNibbles, two codes to a byte, the even channel low: natural order. Lane (g, t) reads the 8 bytes of its 16 channels,
+// and b[reg] of the 4-bit MMA is word reg of them.
 
-// The byte of a token at which the code of a channel is stored.
+// The byte of a token at which the code of a channel is stored in kLanes.
 PLANISH_HD constexpr int64_t u8_position(int64_t channel) {
     return (channel & ~int64_t{7}) + 4 * (channel & 1) + ((channel & 7) >> 1);
 }
 
-// The channel whose code is stored at byte `position` of a token.
+// The channel whose code is stored at byte `position` of a token in kLanes.
 PLANISH_HD constexpr int64_t u8_channel(int64_t position) {
     return (position & ~int64_t{7}) + 2 * (position & 3) + ((position & 7) >> 2);
+}
+
+// Where kColumns has the word that kLanes has at byte `position`, a multiple of 4.
+PLANISH_HD constexpr int64_t column_position(int64_t position) {
+    return (position & ~int64_t{63}) + ((position & 12) << 2) + ((position & 48) >> 2);
+}
+
+// Bytes of `channels` codes, a multiple of 64 of them.
+PLANISH_HD constexpr int64_t stored_bytes(int64_t channels, Order order) {
+    return order == Order::kNibbles ? channels / 2 : channels;
+}
+
+// Stores the codes of eight channels, given as kLanes has them; `octet` counts from `codes`.
+PLANISH_HD void store_octet(uint8_t* codes, int octet, Order order, uint64_t bytes) {
+    const auto low = static_cast<uint32_t>(bytes), high = static_cast<uint32_t>(bytes >> 32);
+    auto* words = reinterpret_cast<uint32_t*>(codes);
+    if (order == Order::kLanes) {
+        reinterpret_cast<uint64_t*>(codes)[octet] = bytes;
+    } else if (order == Order::kColumns) {
+        words[column_position(8 * octet) / 4] = low;
+        words[column_position(8 * octet + 4) / 4] = high;
+    } else {
+        words[octet] = low | high << 4;
+    }
 }
 
 }  // namespace planish

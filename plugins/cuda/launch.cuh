@@ -1,26 +1,16 @@
-// Checks and errors that all launchers share.
+// What launchers share that needs CUDA.
 #pragma once
-
-#include <cstdarg>
-#include <cstdint>
-#include <cstdio>
 
 #include <cuda_runtime.h>
 
-#include "linear.cuh"
-#include "planish_kernels.h"
+#include "arguments.cuh"
 
 namespace planish {
-
-// Remembers the message for planish_last_error and returns `status`.
-int fail(int status, const char* format, ...);
 
 // The status of the launch that was made last.
 int launched(const char* kernel);
 
-inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-// Checks a linear and turns it into the form that kernels take; `y` is the result.
-int read_linear(const planish_linear& task, Linear& linear);
+// Reads the compute capability of the calling thread's GPU, as 90 for 9.0, into `capability`.
+int read_capability(int& capability);
 
 }  // namespace planish

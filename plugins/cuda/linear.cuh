@@ -1,13 +1,9 @@
 // The arguments of a low-bit linear, and the last step of its arithmetic. The same for every kernel that computes one.
 #pragma once
 
+#include "outputs.cuh"
 #include "product.cuh"
 #include "zero_points.cuh"
-
-#if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
 
 namespace planish {
 
@@ -28,39 +24,19 @@ struct WeightSegment {
     int64_t groups;           // along K; 0 where the linear has no such segment
 };
 
-enum class OutputType : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
-
-// y [tokens][rows] = sum over segments of token scale * weight scale * centred products.
-struct Linear {
+// y = sum over segments of token scale * weight scale * centred products.
+struct Linear : Outputs {
     WeightSegment high;          // kHighBits, the first channels
     WeightSegment low;           // all other channels
-    int64_t rows;                // output channels
     Tokens tokens;               // the codes of both segments, one behind the other
     const float* token_scales;   // [tokens][segments]
     const TokenSum* token_sums;  // [tokens][segments]
-    void* y;
-    OutputType type;
 };
 
 PLANISH_HD int segments_of(const Linear& linear) { return linear.high.groups > 0 ? 2 : 1; }
 
 // Where the low segment begins in the stored codes of a token.
 PLANISH_HD int64_t low_channel(const Linear& linear) { return linear.high.groups * group_channels(kHighBits); }
-
-PLANISH_HD void store_output(const Linear& linear, int64_t token, int64_t row, float value) {
-    const int64_t at = token * linear.rows + row;
-#if defined(__CUDA_ARCH__)
-    if (linear.type == OutputType::kFloat16) {
-        static_cast<__half*>(linear.y)[at] = __float2half_rn(value);
-        return;
-    }
-    if (linear.type == OutputType::kBfloat16) {
-        static_cast<__nv_bfloat16*>(linear.y)[at] = __float2bfloat16_rn(value);
-        return;
-    }
-#endif
-    static_cast<float*>(linear.y)[at] = value;
-}
 
 // What a segment (0 is the first that the linear has) adds to an output, from its sum of products of codes.
 PLANISH_HD float segment_output(const Linear& linear, int segment, int low_bits, int64_t token, int64_t row,

@@ -24,10 +24,17 @@ enum planish_status {
 
 enum planish_type { PLANISH_FLOAT32 = 0, PLANISH_FLOAT16 = 1, PLANISH_BFLOAT16 = 2 };
 
+/* How codes of tokens lie in memory: as the kernel that multiplies them loads them. */
+enum planish_order {
+    PLANISH_LANES = 0,   /* a byte each: every linear, every GPU */
+    PLANISH_COLUMNS = 1, /* a byte each: the large linear on compute capability 9.0 */
+    PLANISH_NIBBLES = 2  /* half a byte each, up to 4 bits: the large linear on compute capability 8.x */
+};
+
 /* Channels, in stored order, that share a scale: the whole token, or its high-impact channels and then the others. */
 struct planish_code_segment {
     int32_t channels;
-    int32_t padded; /* bytes of them in a stored token: their padded count, by the bits of the weights behind */
+    int32_t padded; /* their count in a stored token, by the bits of the weights behind */
     int32_t bits;   /* of a code, 2 .. 8 */
     float clip;     /* share of the largest magnitude that the grid spans, 0 < clip <= 1 */
 };
@@ -48,6 +55,7 @@ struct planish_quantize {
     struct planish_code_segment segments[2];
     int32_t segment_count; /* 1 or 2 */
     int32_t type;          /* enum planish_type, of x, residual and sum */
+    int32_t order;         /* enum planish_order, of codes */
     int32_t channels;      /* at most 16384 */
     int64_t tokens;
     uint8_t* codes;     /* [tokens][stride] */
@@ -64,12 +72,18 @@ struct planish_weight_segment {
     int32_t channels;        /* 0 where the linear has no such segment */
 };
 
-/* y [tokens][rows] = codes times weights, with all scales applied. */
+/* y [tokens][rows] = codes times weights, with all scales applied.
+ *
+ * Gated, y [tokens][rows / 2] is silu(gate) * up: of every 16 rows the first eight are of gate, the others of up, and
+ * rows is a multiple of 16.
+ */
 struct planish_linear {
     struct planish_weight_segment high; /* 4 bits, a multiple of 64 channels, the first of the token */
     struct planish_weight_segment low;  /* all others */
     int32_t low_bits;                   /* 2, 3 or 4 */
     int32_t type;                       /* enum planish_type, of y */
+    int32_t order;                      /* enum planish_order, of codes */
+    int32_t gated;                      /* 0 or 1 */
     int64_t rows;
     int64_t tokens;
     const uint8_t* codes;
@@ -79,12 +93,32 @@ struct planish_linear {
     void* y;
 };
 
-/* The most tokens that planish_small_linear takes. */
+/* y [tokens][rows] = float16 activations times weights with one scale to a row; gated as above. */
+struct planish_weight_only {
+    const uint32_t* words;
+    const float* scales; /* [rows] */
+    int32_t bits;        /* 2, 3 or 4 */
+    int32_t type;        /* enum planish_type, of y */
+    int32_t gated;       /* 0 or 1 */
+    int32_t channels;    /* a multiple of 8 */
+    int64_t rows;
+    int64_t tokens;
+    const void* x;  /* float16 [tokens][stride] */
+    int64_t stride; /* elements from token to token, a multiple of 8, channels at least */
+    void* y;
+};
+
+/* The most tokens that planish_small_linear takes; it takes them in the order PLANISH_LANES. */
 #define PLANISH_SMALL_TOKENS 16
+
+/* Writes the order in which products of `tokens` tokens, whose codes have up to `bits` bits, are fastest on the
+ * calling thread's GPU. */
+int planish_best_order(int64_t tokens, int32_t bits, int32_t* order);
 
 int planish_quantize_tokens(const struct planish_quantize* task, void* stream);
 int planish_small_linear(const struct planish_linear* task, void* stream);
 int planish_large_linear(const struct planish_linear* task, void* stream);
+int planish_weight_only_linear(const struct planish_weight_only* task, void* stream);
 
 /* Never null; "" before the first failure of this thread. Valid until the thread's next failure. */
 const char* planish_last_error(void);

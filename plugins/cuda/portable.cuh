@@ -15,8 +15,10 @@
 
 #if defined(__CUDA_ARCH__)
 #define PLANISH_UNROLL _Pragma("unroll")
+#define PLANISH_ROLLED _Pragma("unroll 1")
 #else
 #define PLANISH_UNROLL
+#define PLANISH_ROLLED
 #endif
 
 namespace planish {

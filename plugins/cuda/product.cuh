@@ -107,6 +107,32 @@ PLANISH_HD void multiply_group(typename Warp::template PerLane<FragmentC> (&c)[R
     }
 }
 
+// The same by 4-bit MMAs: `codes_of` gives the fragment of a lane's token. Nibbles need no bytes made of them.
+template <int BITS, class Warp, int ROW_TILES, int TOKEN_TILES, class CodesOf>
+PLANISH_HD void multiply_group_u4(typename Warp::template PerLane<FragmentC> (&c)[ROW_TILES][TOKEN_TILES],
+                                  const typename Warp::template PerLane<GroupWords<BITS>> (&words)[ROW_TILES],
+                                  CodesOf codes_of) {
+    PLANISH_UNROLL
+    for (int tile = 0; tile < group_tiles(BITS); ++tile) {
+        typename Warp::template PerLane<FragmentA> a[ROW_TILES];
+        PLANISH_UNROLL
+        for (int r = 0; r < ROW_TILES; ++r) {
+            Warp::each([&](int lane) {
+                const Nibbles nibbles = unpack_nibbles<BITS>(words[r][lane].word + tile * BITS);
+                PLANISH_UNROLL
+                for (int reg = 0; reg < 4; ++reg) a[r][lane].reg[reg] = nibbles.n[reg];
+            });
+        }
+        PLANISH_UNROLL
+        for (int j = 0; j < TOKEN_TILES; ++j) {
+            typename Warp::template PerLane<FragmentB> b;
+            Warp::each([&](int lane) { b[lane] = codes_of(j, tile, lane); });
+            PLANISH_UNROLL
+            for (int r = 0; r < ROW_TILES; ++r) Warp::mma_u4(c[r][j], a[r], b);
+        }
+    }
+}
+
 // The words of group `group` for each tile of rows. `weights` is the first word of a segment whose tiles of rows have
 // `groups` groups.
 template <int BITS, class Warp, int ROW_TILES>

@@ -22,7 +22,7 @@ namespace planish {
 // A run of channels, in stored order, that share a scale.
 struct CodeSegment {
     int channels;
-    int padded;    // bytes that they take in the stored row
+    int padded;    // their count in the stored row
     int bits;      // 2 .. 8
     float factor;  // clip / (2^(bits-1) - 1), a float32 quotient
 };
@@ -40,9 +40,10 @@ struct RowQuantization {
     const int32_t* permutation;  // [channels]: stored channel i is channel permutation[i]; null leaves them in order
     CodeSegment segments[kMaxSegments];
     int segment_count;
+    Order order;  // of the codes
 };
 
-// What one token gives: `codes` is the whole stored row, a multiple of 8 bytes, the others are one per segment.
+// What one token gives: `codes` is the whole stored row, a multiple of 16 bytes, the others are one per segment.
 struct RowOutput {
     uint8_t* codes;
     float* scales;
@@ -73,9 +74,9 @@ PLANISH_HD void normalise_row(const RowQuantization& task, float* row, Block& bl
 }
 
 template <class Block>
-PLANISH_HD void quantize_segment(const CodeSegment& segment, const int32_t* order, int first, const float* row,
-                                 uint8_t* codes, float* scale_out, TokenSum* sum_out, Block& block) {
-    const auto value = [&](int i) { return row[order ? order[first + i] : first + i]; };
+PLANISH_HD void quantize_segment(const CodeSegment& segment, Order order, const int32_t* permutation, int first,
+                                 const float* row, uint8_t* codes, float* scale_out, TokenSum* sum_out, Block& block) {
+    const auto value = [&](int i) { return row[permutation ? permutation[first + i] : first + i]; };
     typename Block::template PerThread<float> magnitudes;
     block.each([&](int thread) {
         float most = 0;
@@ -102,7 +103,7 @@ PLANISH_HD void quantize_segment(const CodeSegment& segment, const int32_t* orde
                 sum += code;
                 stored |= static_cast<uint64_t>(code) << 8 * u8_position(i);
             }
-            reinterpret_cast<uint64_t*>(codes)[octet] = stored;
+            store_octet(codes, octet, order, stored);
         }
         sums[thread] = sum;
     });
@@ -123,9 +124,10 @@ PLANISH_HD void quantize_row(const RowQuantization& task, float* row, const RowO
     int first = 0;
     uint8_t* codes = out.codes;
     for (int s = 0; s < task.segment_count; ++s) {
-        quantize_segment(task.segments[s], task.permutation, first, row, codes, out.scales + s, out.sums + s, block);
+        quantize_segment(task.segments[s], task.order, task.permutation, first, row, codes, out.scales + s,
+                         out.sums + s, block);
         first += task.segments[s].channels;
-        codes += task.segments[s].padded;
+        codes += stored_bytes(task.segments[s].padded, task.order);
     }
 }
 

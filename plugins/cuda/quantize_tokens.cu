@@ -4,12 +4,10 @@
 // make a token's own time shorter.
 
 #include "launch.cuh"
-#include "quantize_row.cuh"
 
 namespace planish {
 namespace {
 
-constexpr int kMostChannels = 16384;
 constexpr int kFewTokens = 32;
 // What a block may have without asking.
 constexpr size_t kFreeSharedBytes = 48 << 10;
@@ -84,61 +82,13 @@ int launch(const RowQuantization& task, const Io& io, int64_t tokens, cudaStream
     return launch<T, 16>(task, io, tokens, threads, stream);
 }
 
-int check(const planish_quantize& task) {
-    if (task.type < PLANISH_FLOAT32 || task.type > PLANISH_BFLOAT16)
-        return fail(PLANISH_BAD_ARGUMENT, "there is no type %d", task.type);
-    if (task.channels < 1 || task.channels > kMostChannels || task.tokens < 1 || task.tokens > INT32_MAX) {
-        return fail(PLANISH_BAD_ARGUMENT, "%lld tokens of %d channels; a token has up to %d",
-                    static_cast<long long>(task.tokens), task.channels, kMostChannels);
-    }
-    const bool has_factor = task.right || task.left;
-    if (has_factor && (task.m < 1 || task.k < 1 || int64_t{task.m} * task.k != task.channels)) {
-        return fail(PLANISH_BAD_ARGUMENT, "%d channels cannot be read as %d x %d", task.channels, task.m, task.k);
-    }
-    if (task.right && task.right_count != 1 && task.right_count != task.m) {
-        return fail(PLANISH_BAD_ARGUMENT, "%d right factors for %d rows", task.right_count, task.m);
-    }
-    if (task.segment_count < 1 || task.segment_count > kMaxSegments)
-        return fail(PLANISH_BAD_ARGUMENT, "%d segments", task.segment_count);
-    int64_t channels = 0, padded = 0;
-    for (int s = 0; s < task.segment_count; ++s) {
-        const planish_code_segment& segment = task.segments[s];
-        if (segment.bits < 2 || segment.bits > 8 || !(segment.clip > 0 && segment.clip <= 1) || segment.channels < 1 ||
-            segment.padded < segment.channels || segment.padded % kTileChannels) {
-            return fail(PLANISH_BAD_ARGUMENT, "segment %d: %d channels in %d bytes, %d bits, clip %g", s,
-                        segment.channels, segment.padded, segment.bits, static_cast<double>(segment.clip));
-        }
-        channels += segment.channels;
-        padded += segment.padded;
-    }
-    if (channels != task.channels || task.stride < padded || task.stride % 16) {
-        return fail(PLANISH_BAD_ARGUMENT,
-                    "segments of %lld channels and %lld bytes in tokens of %d channels, %lld bytes apart",
-                    static_cast<long long>(channels), static_cast<long long>(padded), task.channels,
-                    static_cast<long long>(task.stride));
-    }
-    if (!task.x || !task.codes || !task.scales || !task.zero_sums || (task.sum && !task.residual)) {
-        return fail(PLANISH_BAD_ARGUMENT, "planish_quantize_tokens lacks one of its arrays");
-    }
-    if (!aligned(task.codes)) return fail(PLANISH_BAD_ARGUMENT, "codes begin at a multiple of 16 bytes");
-    return PLANISH_OK;
-}
-
 }  // namespace
 }  // namespace planish
 
 extern "C" int planish_quantize_tokens(const planish_quantize* task, void* stream) {
     using namespace planish;
-    if (const int status = check(*task)) return status;
-    RowQuantization row = {task->channels,     task->gain,
-                           task->epsilon,      {task->right, task->left, task->right_count, task->m, task->k},
-                           task->permutation,  {},
-                           task->segment_count};
-    for (int s = 0; s < task->segment_count; ++s) {
-        const planish_code_segment& segment = task->segments[s];
-        row.segments[s] = {segment.channels, segment.padded, segment.bits,
-                           segment.clip / static_cast<float>(zero_point(segment.bits) - 1)};
-    }
+    RowQuantization row = {};
+    if (const int status = read_quantize(*task, row)) return status;
     const Io io = {task->x,
                    task->residual,
                    task->sum,

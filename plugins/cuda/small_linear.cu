@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kMostWarps* kLanes, 2) small_dot(const Linear 
     const int warps = blockDim.x / kLanes, warp = DeviceWarp::index();
     sum_share_dot<BITS, DeviceWarp, TOKENS>(linear, blockIdx.x, warp, warps, partials);
     __syncthreads();
-    finish_outputs(linear, BITS, int64_t{blockIdx.x} * kTileRows, kTileRows, threadIdx.x, blockDim.x, partials,
-                   4 * warps, TOKENS * kTileRows, kTileRows);
+    finish_outputs<kTileRows, kTileRows>(linear, BITS, int64_t{blockIdx.x} * kTileRows, threadIdx.x, blockDim.x,
+                                         partials, 4 * warps, TOKENS * kTileRows);
 }
 
 template <int BITS, int TILES>
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__((TILES == 1 ? kMostWarps : kMostWideWarps) * k
     const int warps = blockDim.x / kLanes, warp = DeviceWarp::index();
     sum_share_mma<BITS, DeviceWarp, TILES, TILES>(linear, blockIdx.x, warp, warps, partials);
     __syncthreads();
-    finish_outputs(linear, BITS, int64_t{blockIdx.x} * kRows, kRows, threadIdx.x, blockDim.x, partials, warps,
-                   kWarpPartials<TILES, TILES>, kTokenStride<TILES>);
+    finish_outputs<kRows, kTokenStride<TILES>>(linear, BITS, int64_t{blockIdx.x} * kRows, threadIdx.x, blockDim.x,
+                                               partials, warps, kWarpPartials<TILES, TILES>);
 }
 
 // Warps that share K: as many as there are groups for them.
@@ -71,11 +71,7 @@ int launch(const Linear& linear, cudaStream_t stream) {
 
 extern "C" int planish_small_linear(const planish_linear* task, void* stream) {
     planish::Linear linear;
-    if (const int status = planish::read_linear(*task, linear)) return status;
-    if (task->tokens > PLANISH_SMALL_TOKENS) {
-        return planish::fail(PLANISH_BAD_ARGUMENT, "planish_small_linear takes up to %d tokens, not %lld",
-                             PLANISH_SMALL_TOKENS, static_cast<long long>(task->tokens));
-    }
+    if (const int status = planish::read_small_linear(*task, linear)) return status;
     const auto launch = task->low_bits == 2   ? planish::launch<2>
                         : task->low_bits == 3 ? planish::launch<3>
                                               : planish::launch<4>;

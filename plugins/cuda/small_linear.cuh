@@ -84,22 +84,20 @@ PLANISH_HD void sum_share_dot(const Linear& linear, int64_t block, int warp, int
 }
 
 // Phase 2, a thread: adds up the partial sums of its outputs and stores them. A segment has `parts` partial sums,
-// `part_size` ints apart; the tokens of one are `token_stride` ints apart. Neighbouring threads store neighbouring
-// rows.
-PLANISH_HD void finish_outputs(const Linear& linear, int low_bits, int64_t first_row, int block_rows, int thread,
-                               int threads, const int32_t* partials, int parts, int part_size, int token_stride) {
-    for (int i = thread; i < linear.tokens.count * block_rows; i += threads) {
-        const int token = i / block_rows, row = i % block_rows;
-        if (first_row + row >= linear.rows) continue;
+// `part_size` ints apart; the tokens of one are TOKEN_STRIDE ints apart.
+template <int ROWS, int TOKEN_STRIDE>
+PLANISH_HD void finish_outputs(const Linear& linear, int low_bits, int64_t first_row, int thread, int threads,
+                               const int32_t* partials, int parts, int part_size) {
+    store_block<ROWS>(linear, 0, linear.tokens.count, first_row, thread, threads, [&](int token, int row) {
         float y = 0;
         for (int segment = 0; segment < segments_of(linear); ++segment) {
-            const int32_t* part = partials + int64_t{segment} * parts * part_size + token * token_stride + row;
+            const int32_t* part = partials + int64_t{segment} * parts * part_size + token * TOKEN_STRIDE + row;
             int32_t products = 0;
             for (int p = 0; p < parts; ++p) products += part[p * part_size];
             y += segment_output(linear, segment, low_bits, token, first_row + row, products);
         }
-        store_output(linear, token, first_row + row, y);
-    }
+        return y;
+    });
 }
 
 }  // namespace planish

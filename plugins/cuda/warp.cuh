@@ -5,10 +5,11 @@
 // value. HostWarp runs the lambda 32 times and multiplies by the fragment maps of the PTX ISA, one lane after the
 // other.
 //
-// Both codes of an MMA are unsigned; the accumulator is int32, and D = A B + D.
+// Both codes of an MMA are unsigned and the accumulator is int32, or both are float16 and it is float32; D = A B + D.
 #pragma once
 
 #include "fragments.cuh"
+#include "halves.cuh"
 
 namespace planish {
 
@@ -16,12 +17,17 @@ struct FragmentA {
     uint32_t reg[4];
 };
 
-struct FragmentB {
+struct alignas(8) FragmentB {
     uint32_t reg[2];
 };
 
 struct FragmentC {
     int32_t reg[4];
+};
+
+// Sums of an MMA of float16, in the places of FragmentC.
+struct FragmentF {
+    float reg[4];
 };
 
 #if defined(__CUDACC__)
@@ -53,6 +59,24 @@ struct DeviceWarp {
             : "r"(a.value.reg[0]), "r"(a.value.reg[1]), "r"(a.value.reg[2]), "r"(a.value.reg[3]), "r"(b.value.reg[0]),
               "r"(b.value.reg[1]));
     }
+
+    // m16n8k16 of float16.
+    static __device__ __forceinline__ void mma_f16(PerLane<FragmentF>& c, const PerLane<FragmentA>& a,
+                                                   const PerLane<FragmentB>& b) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c.value.reg[0]), "+f"(c.value.reg[1]), "+f"(c.value.reg[2]), "+f"(c.value.reg[3])
+            : "r"(a.value.reg[0]), "r"(a.value.reg[1]), "r"(a.value.reg[2]), "r"(a.value.reg[3]), "r"(b.value.reg[0]),
+              "r"(b.value.reg[1]));
+    }
+
+    // m16n8k64, native from sm_80 on to sm_89, a subroutine on later ones.
+    static __device__ __forceinline__ void mma_u4(PerLane<FragmentC>& c, const PerLane<FragmentA>& a,
+                                                  const PerLane<FragmentB>& b) {
+        asm("mma.sync.aligned.m16n8k64.row.col.s32.u4.u4.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+r"(c.value.reg[0]), "+r"(c.value.reg[1]), "+r"(c.value.reg[2]), "+r"(c.value.reg[3])
+            : "r"(a.value.reg[0]), "r"(a.value.reg[1]), "r"(a.value.reg[2]), "r"(a.value.reg[3]), "r"(b.value.reg[0]),
+              "r"(b.value.reg[1]));
+    }
 };
 
 #endif  // __CUDACC__
@@ -71,38 +95,43 @@ struct HostWarp {
     }
 
     static void mma_u8(PerLane<FragmentC>& c, const PerLane<FragmentA>& a, const PerLane<FragmentB>& b) {
-        multiply<4>(c, a, b);
+        multiply<4, int32_t>(c, a, b, [](uint32_t field) { return static_cast<int32_t>(field); });
     }
 
     // m16n8k64.
     static void mma_u4(PerLane<FragmentC>& c, const PerLane<FragmentA>& a, const PerLane<FragmentB>& b) {
-        multiply<8>(c, a, b);
+        multiply<8, int32_t>(c, a, b, [](uint32_t field) { return static_cast<int32_t>(field); });
+    }
+
+    // m16n8k16 of float16.
+    static void mma_f16(PerLane<FragmentF>& c, const PerLane<FragmentA>& a, const PerLane<FragmentB>& b) {
+        multiply<2, float>(c, a, b, [](uint32_t field) { return half_value(static_cast<uint16_t>(field)); });
     }
 
   private:
     // FIELDS elements to a register: gather both operands as matrices, multiply, and hand the sums out to the lanes.
-    template <int FIELDS>
-    static void multiply(PerLane<FragmentC>& c, const PerLane<FragmentA>& a, const PerLane<FragmentB>& b) {
+    template <int FIELDS, class Number, class Sums, class Value>
+    static void multiply(Sums& c, const PerLane<FragmentA>& a, const PerLane<FragmentB>& b, Value value) {
         constexpr int kWidth = 32 / FIELDS;
         constexpr uint32_t kMask = (1u << kWidth) - 1;
-        int32_t left[kTileRows][8 * FIELDS], right[kTileTokens][8 * FIELDS];
+        Number left[kTileRows][8 * FIELDS], right[kTileTokens][8 * FIELDS];
         for (int lane = 0; lane < kLanes; ++lane) {
             for (int field = 0; field < FIELDS; ++field) {
                 for (int reg = 0; reg < 4; ++reg) {
                     const Place at = a_place<FIELDS>(lane, reg, field);
-                    left[at.row][at.k] = static_cast<int32_t>(a[lane].reg[reg] >> field * kWidth & kMask);
+                    left[at.row][at.k] = value(a[lane].reg[reg] >> field * kWidth & kMask);
                 }
                 for (int reg = 0; reg < 2; ++reg) {
                     const Place at = b_place<FIELDS>(lane, reg, field);
-                    right[at.row][at.k] = static_cast<int32_t>(b[lane].reg[reg] >> field * kWidth & kMask);
+                    right[at.row][at.k] = value(b[lane].reg[reg] >> field * kWidth & kMask);
                 }
             }
         }
         for (int lane = 0; lane < kLanes; ++lane) {
             for (int reg = 0; reg < 4; ++reg) {
-                const int32_t* x = left[c_row(lane, reg)];
-                const int32_t* y = right[c_token(lane, reg)];
-                int32_t sum = 0;
+                const Number* x = left[c_row(lane, reg)];
+                const Number* y = right[c_token(lane, reg)];
+                Number sum = 0;
                 for (int k = 0; k < 8 * FIELDS; ++k) sum += x[k] * y[k];
                 c[lane].reg[reg] += sum;
             }

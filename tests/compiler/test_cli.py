@@ -76,7 +76,7 @@ def test_people_read_stdout(run: Run, bundle: Bundle) -> None:
 def test_a_checkpoint_is_evaluated_in_float(run: Run, tiny: Path, float_bundle: Bundle, text: Path) -> None:
     options = ("--text", text, "--seqlen", 32, "--windows", 2, "--json")
     of_model, of_export = (run("eval", path, *options).json for path in (tiny, float_bundle.path))
-    assert of_model["perplexity"] == pytest.approx(of_export["perplexity"], rel=1e-6)
+    assert of_model["perplexity"] == pytest.approx(of_export["perplexity"], rel=1e-5)
 
 
 def test_export(run: Run, tiny: Path, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_doctor(run: Run) -> None:
 def test_version_and_help(run: Run) -> None:
     assert run("--version").out.startswith("planish ")
     shown = run("--help").out
-    for command in ("compile", "export", "eval", "generate", "bench", "inspect", "doctor"):
+    for command in ("compile", "export", "eval", "compare", "generate", "bench", "inspect", "doctor"):
         assert command in shown
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.pipeline.compile import compile_model
 from tests.command import Run
+from tests.high_impact import WIDE
 from tests.tiny import write_tiny
 
 
@@ -162,3 +164,61 @@ def test_a_study_needs_low_bits_and_a_place_for_bundles(run: Run, tiny: Path, te
     refused(run("study", "selection", tiny, "--scheme", "w4a4", "--device", "cuda:99"), 28, "cuda:99 was asked for")
     done = run("study", "selection", tiny, "--scheme", "w4a4", "--perplexity", text)
     assert (done.code, "give --output" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--avg-bits", "2.1"], 25, "2.1 bits per weight are too few: the low format alone takes 2.1"),
+        (["--avg-bits", "3.9"], 25, "more than high-impact channels of 4 bits could use"),
+        (["--avg-bits", "0"], 19, "'avg_bits' is 0.0"),
+        (["--avg-bits", "3", "--hic-bits", "5"], 19, "'hic_bits' is 5"),
+        (["--avg-bits", "3", "--hic-policy", "guessed"], 19, "'hic_policy' is 'guessed'"),
+        (["--avg-bits", "3", "--round", "up"], 19, "'round' is 'up'"),
+        (["--hic-ratio", "0.1"], 25, "A share of 0.1 of the 192 channels at attn_in cannot be high"),
+        (["--hic-ratio", "0.4", "--avg-bits", "3"], 25, "Leave out --avg-bits or --hic-ratio"),
+        (["--hic-ratio", "0.4", "--hic-policy", "solved"], 25, "A ratio leaves nothing to solve"),
+        (["--hic-bits", "4"], 25, "High-impact channels need a number"),
+        (["--avg-bits", "3", "--select", "none"], 25, "nothing is flattened here"),
+        (["--avg-bits", "4.5", "--scheme", "w4a16", "--hic-bits", "4"], 25, "no gain where weights have 4"),
+        (["--avg-bits", "3", "--scheme", "w16a16k4v4"], 25, "nothing is flattened here"),
+        (["--round", "adaround"], 25, "AdaRound is for high-impact channels"),
+        (["--avg-bits", "3", "--high-impact", "out"], 25, "says which channels are high"),
+    ],
+)
+def test_impossible_high_impact_channels(
+    compiled: Callable[..., Any], wide: Path, tmp_path: Path, options: list[str], code: int, message: str
+) -> None:
+    refused(compiled("--scheme", "w2a16", *options, model=wide), code, message)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder with room for several steps of channels."""
+    return write_tiny(tmp_path_factory.mktemp("wide") / "model", **WIDE)
+
+
+def test_orders_that_do_not_match_the_checkpoint(compiled: Callable[..., Any], wide: Path, tmp_path: Path) -> None:
+    done = compiled("--scheme", "w2a16", "--select", "fixed:affine", "--hic-ratio", 0.34, model=wide)
+    assert done.code == 0, done.err
+    made = (tmp_path / "out").rename(tmp_path / "made")
+    other = write_tiny(tmp_path / "other", **{**WIDE, "hidden_size": 256, "num_attention_heads": 8})
+    refused(compiled("--scheme", "w2a16", "--high-impact", made, model=other), 26, "layer 0, site attn_in")
+    tensors = load_file(made / "plan.safetensors")
+    with safe_open(made / "plan.safetensors", framework="numpy") as file:
+        metadata = file.metadata()
+    tensors["layers.1.ffn_out.order"][0] = tensors["layers.1.ffn_out.order"][1]
+    save_file(tensors, made / "plan.safetensors", metadata=metadata)
+    refused(compiled("--scheme", "w2a16", "--high-impact", made, model=wide), 26, "layer 1, site ffn_out: the order")
+
+
+def test_high_impact_channels_by_the_command(
+    run: Run, compiled: Callable[..., Any], wide: Path, tmp_path: Path
+) -> None:
+    done = compiled("--scheme", "w2a16", "--avg-bits", 3.1, "--hic-policy", "fixed", "--json", model=wide)
+    assert done.code == 0, done.err
+    assert 3.0 < done.json["average_bits"] <= 3.1
+    again = run("inspect", tmp_path / "out", "--json")
+    assert again.json["average_bits"] == done.json["average_bits"]

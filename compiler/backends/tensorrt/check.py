@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from planish.compiler.backends.tensorrt.device import Device, first_device
-from planish.compiler.backends.tensorrt.engine_json import EngineRecord, record_file
+from planish.compiler.backends.tensorrt.engine_json import EngineRecord, FileRecord, PluginsRecord, record_file
 from planish.compiler.backends.tensorrt.flavour import FLAVOURS, flavour_of
+from planish.compiler.backends.tensorrt.plugin_library import check_library
 from planish.compiler.errors import BundleCorruptError, EngineMismatchError
 
 __all__ = ["check_engine"]
@@ -37,7 +38,9 @@ def check_engine(folder: Path, flavour: str) -> EngineRecord:
     except EngineMismatchError as error:
         raise EngineMismatchError(f"{built}. {error}") from error
     _check_device(record, device, built, again)
-    _check_file(folder, record)
+    _check_file(folder, record.engine)
+    if record.plugins is not None:
+        _check_plugins(folder, record.plugins, installed, device)
     return record
 
 
@@ -53,12 +56,24 @@ def _check_device(record: EngineRecord, device: Device, built: str, again: str) 
         )
 
 
-def _check_file(folder: Path, record: EngineRecord) -> None:
-    path = folder / record.engine.file
+def _check_plugins(folder: Path, record: PluginsRecord, installed: str, device: Device) -> None:
+    _check_file(folder, record.library)
+    path = folder / record.library.file
+    has = check_library(path, installed, device.sm).plugins
+    wrong = [f"{name} {version}" for name, version in record.versions.items() if has.get(name) != version]
+    if wrong:
+        raise EngineMismatchError(
+            f"The engine needs the plugins {', '.join(wrong)}, which this planish has in other versions. Compile the "
+            "bundle again with --target tensorrt."
+        )
+
+
+def _check_file(folder: Path, record: FileRecord) -> None:
+    path = folder / record.file
     if not path.is_file():
         raise BundleCorruptError(f"{path} is missing. Compile the bundle again.")
-    if record_file(path) != record.engine:
-        raise BundleCorruptError(f"{path} is not the engine that engine.json describes. Compile the bundle again.")
+    if record_file(path) != record:
+        raise BundleCorruptError(f"{path} is not the file that engine.json describes. Compile the bundle again.")
 
 
 def _list(sms: tuple[int, ...]) -> str:

@@ -16,13 +16,14 @@ __all__ = [
     "FileRecord",
     "InputRecord",
     "OutputRecord",
+    "PluginsRecord",
     "record_file",
 ]
 
 ENGINE_FILE = "model.engine"
 ENGINE_JSON = "engine.json"
 #: Version of engine.json; raised when older readers would misread it.
-ENGINE_FORMAT = 1
+ENGINE_FORMAT = 2
 
 _CHUNK = 1 << 20
 
@@ -67,6 +68,22 @@ class Fallback(_Record):
     why: str
 
 
+class PluginsRecord(_Record):
+    """The plugin library that an engine needs, which lies beside it.
+
+    Attributes:
+        library: the file.
+        tensorrt: version of the TensorRT headers it was compiled with.
+        layout: version of the layouts in memory that it reads.
+        versions: name -> version of the plugins in the engine.
+    """
+
+    library: FileRecord
+    tensorrt: tuple[int, int, int]
+    layout: int
+    versions: dict[str, str]
+
+
 class EngineRecord(_Record):
     """The contents of engine.json.
 
@@ -87,6 +104,7 @@ class EngineRecord(_Record):
         max_context: slots of the cache.
         fallbacks: what differs from the portable model, and why.
         build_seconds: what the build took.
+        plugins: the plugin library; None if the engine needs none.
     """
 
     format: int
@@ -105,6 +123,7 @@ class EngineRecord(_Record):
     max_context: int
     fallbacks: tuple[Fallback, ...]
     build_seconds: float
+    plugins: PluginsRecord | None = None
 
     @classmethod
     def read(cls, folder: Path) -> "EngineRecord":

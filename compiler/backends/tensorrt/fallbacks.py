@@ -1,16 +1,24 @@
 """What a TensorRT engine holds or computes otherwise than the portable model, and why."""
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from planish.compiler.backends.tensorrt.engine_json import Fallback
+from planish.compiler.backends.tensorrt.surgery import LeftOut
 from planish.plugins.ops import DOMAIN, append_kv, matmul, quantize_activation, weight_only_matmul
 from planish.plugins.packing import PACKED_BITS
 
 __all__ = ["fallbacks"]
 
 
-def fallbacks(model: ir.Model) -> tuple[Fallback, ...]:
-    """Return the fallbacks of a portable model; none for a float model."""
+def fallbacks(model: ir.Model, left_out: Sequence[LeftOut] = ()) -> tuple[Fallback, ...]:
+    """Return the fallbacks of a portable model, or of one with plugin nodes; none for a float model.
+
+    Args:
+        model: before planish functions became standard ops.
+        left_out: the nodes that no plugin took the place of.
+    """
     ops = {node.op_type for node in model.graph if node.domain == DOMAIN}
     found = [
         Fallback(
@@ -37,4 +45,15 @@ def fallbacks(model: ir.Model) -> tuple[Fallback, ...]:
                 why="TensorRT's cache update takes float caches only",
             )
         )
+    reasons: dict[str, list[str]] = {}
+    for node, why in left_out:
+        reasons.setdefault(why, []).append(node)
+    found += [
+        Fallback(what=f"{len(nodes)} node(s): {_named(nodes)}", instead="standard ops, without a plugin", why=why)
+        for why, nodes in reasons.items()
+    ]
     return tuple(found)
+
+
+def _named(nodes: list[str]) -> str:
+    return nodes[0] if len(nodes) == 1 else f"{nodes[0]} to {nodes[-1]}"

@@ -23,6 +23,8 @@ class Job(_Part):
         sms: compute capabilities times ten; empty for the GPU at hand.
         max_batch: sequences at most.
         max_prompt: new tokens of a call at most.
+        plugins: path of the plugin library to load; None if the model has no plugins.
+        timing_cache: path of what earlier builds measured, read if it is there and written; None is none.
     """
 
     flavour: str
@@ -31,6 +33,8 @@ class Job(_Part):
     sms: tuple[int, ...]
     max_batch: int
     max_prompt: int
+    plugins: str | None = None
+    timing_cache: str | None = None
 
 
 class Progressed(_Part):

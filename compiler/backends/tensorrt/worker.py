@@ -16,8 +16,10 @@ from planish.compiler.backends.tensorrt.engine_json import InputRecord, OutputRe
 from planish.compiler.backends.tensorrt.flavour import Flavour, flavour_of
 from planish.compiler.backends.tensorrt.job import Built, Failed, Job, Log, Message, Progressed
 from planish.compiler.backends.tensorrt.monitor import ProgressTree, make_monitor
+from planish.compiler.backends.tensorrt.plugin_registry import load_plugins, look_up, plugin_nodes
 from planish.compiler.backends.tensorrt.preflight import refused_nodes
 from planish.compiler.backends.tensorrt.shapes import dtype_name, profile
+from planish.compiler.backends.tensorrt.timings import keep_timings
 from planish.compiler.errors import EngineBuildError, PlanishError
 
 __all__ = ["main"]
@@ -57,8 +59,10 @@ def _build(job: Job, send: Any) -> Built:
     _parse(flavour, trt, network, logger, job)
     inputs = profile(network, job.max_batch, job.max_prompt)
     tree = ProgressTree(lambda percent: send(Progressed(percent=percent)))
-    config = _config(flavour, builder, network, inputs, sms, make_monitor(trt, tree))
+    config = _config(flavour, trt, builder, network, inputs, sms, make_monitor(trt, tree), job)
     engine = builder.build_serialized_network(network, config)
+    if job.timing_cache is not None:
+        keep_timings(config, Path(job.timing_cache))
     if engine is None:
         raise EngineBuildError(f"{flavour.title} {trt.__version__} built no engine.")
     if logger.unused:
@@ -108,6 +112,8 @@ def _logger(trt: ModuleType, send: Any) -> Any:
 
 
 def _parse(flavour: Flavour, trt: ModuleType, network: Any, logger: Any, job: Job) -> None:
+    if job.plugins is not None:
+        look_up(load_plugins(trt, Path(job.plugins)), plugin_nodes(Path(job.model)))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job.model):
         refused = refused_nodes(parser)
@@ -119,11 +125,13 @@ def _parse(flavour: Flavour, trt: ModuleType, network: Any, logger: Any, job: Jo
 
 def _config(
     flavour: Flavour,
+    trt: ModuleType,
     builder: Any,
     network: Any,
     inputs: dict[str, InputRecord],
     sms: tuple[int, ...],
     monitor: Any,
+    job: Job,
 ) -> Any:
     from polygraphy.backend.trt import CreateConfig, Profile
 
@@ -131,12 +139,18 @@ def _config(
     for name, record in inputs.items():
         shapes.add(name, record.min, record.opt, record.max)
     if not flavour.ahead_of_time:
-        return CreateConfig(profiles=[shapes], progress_monitor=monitor)(builder, network)
+        known = job.timing_cache if job.timing_cache is not None and Path(job.timing_cache).is_file() else None
+        # Caches are written in place.
+        preview = [trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03] if job.plugins is not None else None
+        create = CreateConfig(
+            profiles=[shapes], progress_monitor=monitor, load_timing_cache=known, preview_features=preview
+        )
+        return create(builder, network)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
     capabilities = [divmod(sm, 10) for sm in sms]
-    create = CreateConfigRTX(compute_capabilities=capabilities, profiles=[shapes], progress_monitor=monitor)
-    return create(builder, network)
+    create_rtx = CreateConfigRTX(compute_capabilities=capabilities, profiles=[shapes], progress_monitor=monitor)
+    return create_rtx(builder, network)
 
 
 if __name__ == "__main__":

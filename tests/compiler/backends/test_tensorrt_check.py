@@ -124,7 +124,7 @@ def test_what_the_driver_says_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_changed_engine(folder: Path) -> None:
     (folder / ENGINE_FILE).write_bytes(b"other!")
-    with pytest.raises(BundleCorruptError, match=r"not the engine that engine\.json describes"):
+    with pytest.raises(BundleCorruptError, match=r"not the file that engine\.json describes"):
         check_engine(folder, "rtx")
 
 

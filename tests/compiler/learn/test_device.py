@@ -15,8 +15,8 @@ from planish.compiler.errors import DeviceError
 from planish.compiler.learn import polish
 from planish.compiler.learn.device import clear_memory_errors, device_kind, open_device
 from planish.compiler.pipeline.flatten import flatten
+from planish.compiler.pipeline.high_impact import HighChannels
 from planish.compiler.progress import Silent
-from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.select.policy import SelectionPolicy
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES
@@ -111,14 +111,14 @@ def made(folder: Path, variant: str, policy: str, dataset: str, device: torch.de
     """Flatten a tiny model with everything that learns."""
     checkpoint = open_checkpoint(write_tiny(folder / "model", **VARIANTS[variant]))
     (folder / "codes").mkdir()
-    codes = CodesOnDisk(folder / "codes", checkpoint, SCHEME)
     settings = CalibrationSettings(dataset=dataset, nsamples=5, seqlen=16)
     chosen = SelectionPolicy.parse(policy)
-    done = flatten(checkpoint, SCHEME, chosen, settings, 1, 2, folder / "work", codes, {}, Silent(), device)
+    work, codes, none = folder / "work", folder / "codes", HighChannels(None, {})
+    done = flatten(checkpoint, SCHEME, chosen, settings, 1, 2, work, codes, none, "gptq", Silent(), device)
     sites = [layer[site] for layer in done.transforms.layers for site in SITES]
     parts = [part for each in sites for part in (each.scale, each.right, each.left) if part is not None]
     modules = [name.removesuffix(".weight") for name in checkpoint.names() if name.endswith("_proj.weight")]
-    weights = [codes.quantized(module) for module in modules]
+    weights = [done.codes.quantized(module) for module in modules]
     return Made(
         parts,
         [layer.clips for layer in done.transforms.layers],

@@ -2,20 +2,30 @@
 
 import dataclasses
 import functools
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, Block, run_block
+from planish.compiler.checkpoint import open_checkpoint
+from planish.compiler.learn import site_fit
+from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, Block, read_block, run_block
 from planish.compiler.learn.candidates import Form, kind_of
-from planish.compiler.learn.flatten_block import Flattened, Steps, flatten_block
+from planish.compiler.learn.flatten_block import Flattened, flatten_block
+from planish.compiler.learn.site_fit import HighCount, Steps
 from planish.compiler.learn.streams import Streams
-from planish.compiler.quantize.arithmetic import dequantize_weight
+from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
 from planish.compiler.select.forms import MEASURED_FORMS, forms_of_groups
-from planish.passes.scheme import Scheme
+from planish.compiler.select.plan_file import site_widths
+from planish.passes.high_impact import HighImpact
+from planish.passes.scheme import LinearFormat, Scheme
 from planish.passes.transforms import SITES, Kind, Site
+from tests.high_impact import WIDE
 from tests.learning import SEQ, block_of, float_outputs, streams_of
+from tests.tiny import write_tiny
 
 KINDS: tuple[Kind, ...] = ("rotation", "affine")
 #: Sequences that hold several tokens per channel: with fewer, GPTQ is worse on held-out text than rounding to nearest.
@@ -82,7 +92,7 @@ def test_every_form_at_every_site(site: Site) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_step_lowers_the_error_of_few_bits(kind: Kind) -> None:
-    each = (Steps(clips=False, fit=False, gptq=False), Steps(fit=False, gptq=False), Steps())
+    each = (Steps(clips=False, fit=False, rounding="nearest"), Steps(fit=False, rounding="nearest"), Steps())
     errors = [error_of(cached_block("gqa"), LOW, forms(kind), steps, ENOUGH) for steps in each]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.8 * errors[0]
@@ -149,3 +159,45 @@ def test_dead_channels_are_damped(scheme: str, kind: Kind, changes: dict[str, sl
     assert all(part is None or part.isfinite().all() for f in done.factors.values() for part in (f.scale, f.right))
     whole = error_of(cached_block("gqa"), Scheme.parse(scheme), forms(kind))
     assert held_out_error(done, block, streams, outputs) < 1.5 * whole
+
+
+@pytest.mark.parametrize("scheme", ["w3a3k3v3", "w2a16", "w2a16g32"])
+def test_high_impact_channels_lower_the_error(scheme: str) -> None:
+    """Those given, and more so those that are ranked; each segment has codes of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        block = read_block(open_checkpoint(write_tiny(Path(folder), **WIDE)), 0)
+    streams = dataclasses.replace(streams_of(block, ENOUGH), held_out=ENOUGH // 4)
+    streams = dataclasses.replace(streams, seen=streams.target)
+    outputs, parsed, widths = float_outputs(block, streams), Scheme.parse(scheme), site_widths(block.config)
+    rng = np.random.default_rng(1)
+    given = {site: HighImpact(4, rng.permutation(widths[site]), 64) for site in SITE_MODULES}
+    ranked = {site: HighCount(4, 64) for site in SITE_MODULES}
+    errors = []
+    for high in ({}, given, ranked):
+        with torch.no_grad():
+            done = flatten_block(block, streams, outputs, parsed, forms("rotation"), 0, high=high)
+        errors.append(held_out_error(done, block, streams, outputs))
+        for site in high:
+            order = torch.from_numpy(done.high[site].order)
+            for module in SITE_MODULES[site]:
+                parts = done.codes[f"{module}.high"], done.codes[module]
+                assert [part.bits for part in parts] == [4, parsed.linear.weight_bits]
+                whole = torch.cat([dequantize_weight(part) for part in parts], 1)
+                assert torch.equal(done.hooks.weights[module][:, order], whole)
+            assert done.high[site].clip == 1 or not parsed.linear.weight_only
+        if high is given:
+            np.testing.assert_array_equal(done.high["ffn_in"].order, given["ffn_in"].order)
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_channels_are_ranked_by_what_their_rounding_costs() -> None:
+    """Loud inputs, and columns that only an output reads that counts for much, come first."""
+    weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    form, moment, rows = LinearFormat(2, 16), torch.tensor([1.0, 9.0, 1.0, 0.0, 1.0, 1.0]), torch.ones(8)
+    lost = (weight - dequantize_weight(quantize_weight(weight, form))).square()
+    rows[5] = 100
+    expected = (moment * (rows[:, None] * lost).sum(0)).argsort(descending=True)
+    assert site_fit._ranked(weight, moment, rows, form).tolist() == expected.tolist()
+    alike = (moment * lost.sum(0)).argsort(descending=True)
+    assert site_fit._ranked(weight, moment, None, form).tolist() == alike.tolist() != expected.tolist()
+    assert expected[-1] == 3

@@ -16,11 +16,14 @@ from planish.compiler.learn.flattening import flatten_checkpoint, held_out_seque
 from planish.compiler.learn.polish import Polished, polish
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.transformed import TransformedCheckpoint
+from planish.compiler.pipeline.high_impact import untransformed
 from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.select.forms import forms_of_groups
 from planish.compiler.verify.oracle import Oracle
+from planish.passes.high_impact import no_high_impact
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import Transforms
+from tests.high_impact import WIDE, random_high_impact
 from tests.tiny import VARIANTS, write_tiny
 
 SCHEME = Scheme.parse("w3a3k3v3", "w16a16")
@@ -33,14 +36,19 @@ class Case:
 
     def __init__(self, folder: Path, variant: str, ids: npt.NDArray[np.int64] = IDS, scheme: Scheme = SCHEME) -> None:
         self.ids, self.scheme = ids, scheme
-        self.model = write_tiny(folder / "model", **VARIANTS[variant])
+        self.model = write_tiny(folder / "model", **VARIANTS.get(variant, WIDE))
         self.checkpoint = open_checkpoint(self.model)
         self.folder = folder / "work"
         (folder / "codes").mkdir()
-        self.codes = CodesOnDisk(folder / "codes", self.checkpoint, scheme)
         layers = self.checkpoint.config.num_hidden_layers
         forms = [forms_of_groups({"attn": "affine", "ffn": "rotation"})] * layers
-        self.transforms = flatten_checkpoint(self.checkpoint, scheme, forms, ids, self.folder, self.codes)
+        high, placed = no_high_impact, None
+        if variant == "high":
+            with_high = untransformed(self.checkpoint.config)
+            with_high = with_high.with_high(random_high_impact(with_high))
+            high, placed = with_high.high, [layer.high for layer in with_high.layers]
+        self.codes = CodesOnDisk(folder / "codes", self.checkpoint, scheme, high)
+        self.transforms = flatten_checkpoint(self.checkpoint, scheme, forms, ids, self.folder, self.codes, high=placed)
         self.final = StreamFiles(self.folder, HELD_OUT).open(layers).target
 
     def polish(self, folder: Path, epochs: int = 2) -> Polished:
@@ -73,7 +81,7 @@ class Case:
             return oracle.logits(torch.from_numpy(self.ids[-HELD_OUT:])).log_softmax(-1)
 
 
-@pytest.fixture(scope="module", params=["gqa", "attention_bias", "mlp_bias", "tied"])
+@pytest.fixture(scope="module", params=["gqa", "attention_bias", "mlp_bias", "tied", "high"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(tmp_path_factory.mktemp("polish"), request.param)
 
@@ -84,7 +92,10 @@ def test_starts_and_ends_where_the_oracle_says(case: Case, tmp_path: Path, monke
     assert len(polished.divergence) == 3
     assert polished.divergence[0] == pytest.approx(case.divergence(case.transforms), rel=2e-3)
     best = case.divergence(polished.transforms, polished.row_scales)
-    assert best == pytest.approx(min(polished.divergence), rel=2e-3)
+    # A code that lies between two steps may go to the other one, and a wide random model makes much of it.
+    assert best == pytest.approx(
+        min(polished.divergence), rel=2e-3 if case.checkpoint.config.hidden_size < 192 else 5e-3
+    )
     found = case.log_probabilities(polished.transforms, polished.row_scales)[:, :-1]
     entropy = -found.gather(-1, torch.from_numpy(case.ids[-HELD_OUT:, 1:, None])).mean()
     assert polished.cross_entropy == pytest.approx(float(entropy), rel=1e-3)
@@ -97,7 +108,8 @@ def test_never_worse_than_its_start(case: Case, tmp_path: Path, monkeypatch: pyt
     assert all(torch.equal(scale, torch.ones_like(scale)) for scale in polished.row_scales.values())
     for before, after in zip(case.transforms.layers, polished.transforms.layers, strict=True):
         for site in ("attn_in", "ffn_in"):
-            assert np.array_equal(after[site].scale, np.ones(64) if before[site].scale is None else before[site].scale)
+            ones = np.ones(before[site].width)
+            assert np.array_equal(after[site].scale, ones if before[site].scale is None else before[site].scale)
 
 
 def test_learns(tmp_path: Path) -> None:
@@ -129,3 +141,22 @@ def test_goes_on_where_it_was_killed(case: Case, tmp_path: Path, monkeypatch: py
     assert resumed.divergence == whole.divergence
     for name, scale in whole.row_scales.items():
         assert torch.equal(resumed.row_scales[name], scale)
+
+
+def test_both_segments_learn(tmp_path: Path) -> None:
+    ids = np.concatenate([IDS[:-1], IDS[:1]])
+    case = Case(tmp_path, "high", ids, Scheme.parse("w3a8k8v8", "w16a16"))
+    polished = case.polish(tmp_path / "polish", epochs=6)
+    assert min(polished.divergence) < polished.divergence[0]
+    for name in ("model.layers.1.mlp.down_proj", "model.layers.1.mlp.down_proj.high"):
+        assert not torch.equal(polished.row_scales[name], torch.ones(192))
+    before, after = (each.layers[1].high["ffn_out"] for each in (case.transforms, polished.transforms))
+    np.testing.assert_array_equal(after.order, before.order)
+
+
+def test_the_clip_of_high_impact_channels_learns(tmp_path: Path) -> None:
+    case = Case(tmp_path, "high")
+    polished = case.polish(tmp_path / "polish")
+    assert min(polished.divergence) < polished.divergence[0]
+    before, after = (each.layers[1].high["ffn_out"] for each in (case.transforms, polished.transforms))
+    assert after.clip != before.clip

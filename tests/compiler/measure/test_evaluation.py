@@ -1,8 +1,8 @@
-"""Perplexity is exp of transformers' own loss; impossible requests name what is possible."""
+"""Perplexity is exp of transformers' own loss, divergence that of its distributions; what cannot be names what can."""
 
-import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.errors import TextError
 from planish.compiler.measure import evaluation
-from planish.compiler.measure.evaluation import evaluate, read_text
+from planish.compiler.measure.evaluation import evaluate, evaluate_windows
+from planish.compiler.measure.texts import cut_windows, read_text, text_file
 
 
 @pytest.mark.parametrize("positions", [512, 20])
@@ -54,28 +55,44 @@ def test_windows_that_predict_nothing(float_bundle: Bundle, text: Path, seqlen: 
         evaluate(float_bundle.session(threads=1), float_bundle.tokenizer, text, seqlen=seqlen, windows=windows)
 
 
-def test_jsonl_texts_are_joined(tmp_path: Path) -> None:
-    path = tmp_path / "texts.jsonl"
-    texts = ["one", "two\nlines", "a\u2028b"]
-    path.write_text("\n".join(json.dumps({"text": t, "id": 1}, ensure_ascii=False) for t in texts) + "\n\n")
-    assert read_text(path) == "one\n\ntwo\nlines\n\na\u2028b"
+def test_divergence_is_that_of_the_distributions(
+    bundle: Bundle, float_bundle: Bundle, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "_POSITIONS", 20)
+    monkeypatch.setattr(evaluation, "_ROWS", 7)
+    cut = cut_windows(bundle.tokenizer, text_file(text), 32, 2)
+    low, full = bundle.session(threads=1), float_bundle.session(threads=1)
+    found, of_reference = evaluate_windows([low, full], cut, full)
+
+    model = LlamaForCausalLM.from_pretrained(tiny).double()
+    kls, same = [], []
+    for window in cut:
+        with torch.no_grad():
+            expected = model(torch.from_numpy(window[None])).logits[0, :-1].log_softmax(-1)
+        actual = torch.from_numpy(low.run(window[None])[0][0, :-1]).double().log_softmax(-1)
+        kls.append(torch.nn.functional.kl_div(actual, expected, reduction="none", log_target=True).sum(-1))
+        same.append(actual.argmax(-1) == expected.argmax(-1))
+    assert found.kl == pytest.approx(torch.cat(kls).mean().item(), rel=1e-4)
+    assert found.kl > 0
+    assert found.agreement == pytest.approx(torch.cat(same).double().mean().item())
+    assert (of_reference.kl, of_reference.agreement) == (0.0, 1.0)
+    assert of_reference.perplexity == evaluate_windows([full], cut)[0].perplexity
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("text.txt", b" \n", "holds no text"),
-        ("text.txt", b"\xff\xfe", "cannot be read"),
-        ("text.jsonl", b'{"text": "a"}\nx\n', "line 2: not JSON"),
-        ("text.jsonl", b'{"text": 3}\n', "line 1: no field 'text'"),
-    ],
-)
-def test_unusable_texts(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(TextError, match=message):
-        read_text(tmp_path / name)
+def test_the_reference_runs_once(float_bundle: Bundle, text: Path) -> None:
+    runs = []
+
+    class Counting:
+        def run(self, *arguments: Any, **options: Any) -> Any:
+            runs.append(self)
+            return float_bundle.session(threads=1).run(*arguments, **options)
+
+    reference, other = Counting(), Counting()
+    cut = cut_windows(float_bundle.tokenizer, text_file(text), 16, 3)
+    evaluate_windows([other, reference], cut, reference)
+    assert runs.count(reference) == runs.count(other) == 3
 
 
-def test_missing_text(tmp_path: Path) -> None:
-    with pytest.raises(TextError, match="cannot be read"):
-        read_text(tmp_path / "no.txt")
+def test_without_a_reference_there_is_no_divergence(float_bundle: Bundle, text: Path) -> None:
+    found = evaluate(float_bundle.session(threads=1), float_bundle.tokenizer, text, seqlen=32, windows=1)
+    assert (found.kl, found.agreement) == (None, None)

@@ -175,9 +175,9 @@ def test_a_full_disk_is_told_and_resumed(
 def test_a_failed_verification_leaves_no_bundle(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_ort = pipeline.lower
 
-    def wrong(target: str, bundle: Path, *rest: object) -> None:
-        build_ort(target, bundle, *rest)
-        path = bundle / "engines" / target / "model.onnx.data"
+    def wrong(target: str, portable: Path, folder: Path, *rest: object) -> None:
+        build_ort(target, portable, folder, *rest)
+        path = folder / "model.onnx.data"
         content = bytearray(path.read_bytes())
         content[: len(content) // 2] = bytes(len(content) // 2)
         path.write_bytes(content)

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.bundle.inspection import inspect
 from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.errors import CalibrationError, PlanError
@@ -253,8 +254,8 @@ def test_the_default_is_closer_than_rounding_to_nearest(tiny: Path, tmp_path: Pa
 def test_a_recipe_overrides_single_sites(tiny: Path, tmp_path: Path, few: dict[str, Any]) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "model: m\nscheme: w4a4\nselect: fixed:rotation\noverrides:\n  model.layers.1.mlp.down_proj: {kind: affine}\n"
-        "  .*.key: {form: identity}\n"
+        "model: m\nscheme: w4a4\nselect: fixed:rotation\noverrides:\n"
+        "  model.layers.1.mlp.down_proj: {kind: affine, bits: 8}\n  .*.key: {form: identity}\n"
     )
     bundle = compile_model(tiny, tmp_path / "out", recipe=path, **few)
     entries = json.loads((bundle.path / "plan.json").read_text())["transforms"]["sites"]
@@ -263,5 +264,32 @@ def test_a_recipe_overrides_single_sites(tiny: Path, tmp_path: Path, few: dict[s
     assert forms == {(layer, site): changed.get((layer, site), "rotation") for layer in (0, 1) for site in SITES}
     marked = {(each["layer"], each["site"]) for each in entries if "overridden by the recipe" in each["evidence"]}
     assert marked == set(changed)
+    linears = json.loads((bundle.path / "plan.json").read_text())["linears"]
+    formats = {each["module"]: each["format"] for each in linears}
+    assert formats.pop("model.layers.1.mlp.down_proj") == "w8a4"
+    assert formats.pop("lm_head") == "w8a8"
+    assert set(formats.values()) == {"w4a4"}
+    assert report(bundle)["verification"]["logits_error"] < 1e-3
     again = compile_model(None, tmp_path / "again", recipe=bundle.path / "recipe.yaml")
     assert contents(again) == contents(bundle)
+
+
+@pytest.mark.parametrize(("select", "polish", "refine"), [("none", 0, 0), ("measured", 1, 0), ("fixed:affine", 0, 1)])
+def test_bits_of_single_layers(
+    select: str, polish: int, refine: int, tiny: Path, tmp_path: Path, few: dict[str, Any]
+) -> None:
+    """The oracle, which the compile is verified against, knows of formats only by their codes."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("overrides:\n  model.layers.0..*: {bits: 8, activation_bits: 8}\n  .*1.attn_in: {bits: 2}\n")
+    settings = {**few, "select": select, "polish": polish, "refine": refine}
+    bundle = compile_model(tiny, tmp_path / "out", recipe=path, targets=("ort", "rtx"), max_context=32, **settings)
+    linears = json.loads((bundle.path / "plan.json").read_text())["linears"]
+    formats = {each["module"]: each["format"] for each in linears}
+    assert {form for module, form in formats.items() if ".0." in module} == {"w8a8"}
+    assert formats["model.layers.1.self_attn.k_proj"] == "w2a4"
+    assert formats["model.layers.1.self_attn.o_proj"] == "w4a4"
+    plain = compile_model(tiny, tmp_path / "plain", **settings)
+    assert inspect(bundle).average_bits > inspect(plain).average_bits + 1
+    if select == "none":
+        better = [divergence_from_transformers(tiny, each, settings) for each in (bundle, plain)]
+        assert better[0] < 0.5 * better[1]

@@ -43,6 +43,17 @@ def test_a_cache_stays_valid_after_it_was_extended(session: Session) -> None:
     np.testing.assert_array_equal(first, again)
 
 
+def test_sequences_taken_from_a_cache_go_on_as_they_were(session: Session) -> None:
+    ids = np.concatenate([TOKENS[:, :8], TOKENS[:, 8:16]])
+    whole, _ = session.run(np.concatenate([ids, ids[:, :3]], axis=1))
+    _, cache = session.run(ids)
+    taken = cache.take([1, 0, 1])
+    del cache
+    assert len(taken) == 8
+    following, _ = session.run(ids[[1, 0, 1], :3], taken)
+    assert_close(following, whole[[1, 0, 1], 8:])
+
+
 def test_padding_on_either_side_changes_nothing_for_real_tokens(session: Session) -> None:
     short, _ = session.run(TOKENS[:, :7])
     ids = np.full((3, 10), 2)

@@ -109,3 +109,19 @@ def test_stream_ends_with_the_remains_of_a_character(tiny: Path) -> None:
     stream = tokenizer.stream()
     ids = tokenizer.encode("a😀")[:-1]
     assert "".join(stream.push(token) for token in ids) + stream.finish() == tokenizer.decode(ids) == "a\ufffd"
+
+
+def test_tokens_and_their_roles_are_those_of_transformers(folder: Path) -> None:
+    theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
+    assert ours.vocabulary() == theirs.get_vocab()
+    assert ours.special_token("bos_token") == theirs.bos_token_id
+    assert ours.token(theirs.eos_token_id) == theirs.eos_token
+    assert ours.special_token("mask_token") is None
+    with pytest.raises(KeyError):
+        ours.token(len(theirs))
+
+
+def test_roles_in_an_older_file(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<|bos|>"}}))
+    assert Tokenizer(folder).special_token("bos_token") == 0

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.errors import CalibrationError, SelectionError
 from planish.compiler.learn.block import MODULES
+from planish.compiler.learn.low_bit import round_activation
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.progress import Silent
 from planish.compiler.select import pair_losses as module
@@ -49,7 +50,7 @@ def checkpoint(tiny: Path) -> Checkpoint:
 
 def measure(checkpoint: Checkpoint, folder: Path) -> list[PairLosses]:
     orders = orders_of(checkpoint, SPLIT, BY_SITE)
-    return measure_pair_losses(checkpoint, SPLIT, orders, counts_of(BY_SITE, 0, 8, 64), IDS, folder, Silent())
+    return measure_pair_losses(checkpoint, SPLIT, orders, counts_of(BY_SITE, 0, 8, 56), IDS, folder, Silent())
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_equals_transformers_with_rounded_linears(
 def test_more_high_channels_lose_less(measured: list[PairLosses]) -> None:
     assert len(measured) == 2
     for of_layer in measured:
-        assert of_layer.counts == counts_of(BY_SITE, 0, 8, 64)
+        assert of_layer.counts == counts_of(BY_SITE, 0, 8, 56)
         for losses in of_layer.alone.values():
             assert losses == sorted(losses, reverse=True)
 
@@ -166,3 +167,50 @@ def test_shapes_of_groups(checkpoint: Checkpoint) -> None:
         "ffn_in": (320, 64),
         "ffn_out": (64, 160),
     }
+
+
+def test_activations_are_rounded_in_segments(tiny: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """One linear that reads codes of its channels, each segment with a scale and clip of its own, by a hook."""
+    split = ChannelSplit(LinearFormat(3, 3), LinearFormat(4, 4), step=8)
+    orders, counts = orders_of(checkpoint, split, BY_SITE), counts_of(BY_SITE, 0, 16)
+    found = measure_pair_losses(checkpoint, split, orders, counts, IDS, tmp_path, Silent())[0]
+    model = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    linear, order, kept = model.model.layers[0].mlp.down_proj, orders[0]["ffn_out"], []
+    model.model.layers[0].register_forward_hook(lambda _, __, y: kept.append(y))
+    ids = torch.from_numpy(IDS)
+
+    def output() -> torch.Tensor:
+        with torch.no_grad():
+            model(ids)
+        return kept[-1]
+
+    y, exact = output(), linear.weight.detach().clone()
+    for index, count in enumerate((0, 16)):
+        best = float("inf")
+        parts = [part for part in ((order[:count], 4), (order[count:], 3)) if len(part[0])]
+        with torch.no_grad():
+            linear.weight.copy_(split.quantize(exact, order, count).dequantize())
+        # The clips that were searched are among these.
+        for clips in itertools.product([round(1 - 0.05 * step, 2) for step in range(13)], repeat=len(parts)):
+
+            def rounded(_: object, inputs: tuple[torch.Tensor], parts=parts, clips=clips) -> torch.Tensor:
+                x = inputs[0].clone()
+                for (channels, bits), clip in zip(parts, clips, strict=True):
+                    x[..., channels] = round_activation(inputs[0][..., channels], bits, clip)
+                return x
+
+            handle = linear.register_forward_pre_hook(rounded)
+            loss = float(((output() - y).square().sum(-1) / y.square().sum(-1)).mean())
+            handle.remove()
+            best = min(best, abs(loss / found.alone["ffn_out"][index] - 1))
+        assert best < 1e-3
+    assert found.alone["ffn_out"][1] < found.alone["ffn_out"][0]
+
+
+def test_some_of_the_tokens_tell_about_all(checkpoint: Checkpoint, measured: list[PairLosses], tmp_path: Path) -> None:
+    orders, counts = orders_of(checkpoint, SPLIT, BY_SITE), counts_of(BY_SITE, 0, 8, 56)
+    few = measure_pair_losses(checkpoint, SPLIT, orders, counts, IDS, tmp_path, Silent(), every=4)
+    for of_some, of_all in zip(few, measured, strict=True):
+        for name, losses in of_all.alone.items():
+            assert of_some.alone[name] == pytest.approx(losses, rel=0.4)
+            assert of_some.alone[name] != losses

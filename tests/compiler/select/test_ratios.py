@@ -11,7 +11,7 @@ from planish.compiler.errors import SelectionError
 from planish.compiler.select import ratios as module
 from planish.compiler.select.channel_split import ChannelSplit
 from planish.compiler.select.pair_losses import PairLosses
-from planish.compiler.select.ratios import average_bits, bit_budget, choose_counts, fixed_counts
+from planish.compiler.select.ratios import average_bits, bit_budget, choose_counts, counts_of_share, fixed_counts
 from planish.passes.scheme import LinearFormat
 
 SPLIT = ChannelSplit(LinearFormat(2, 16), LinearFormat(4, 16), step=8)
@@ -124,20 +124,27 @@ def test_fixed_is_the_largest_share_that_fits(average: float) -> None:
     found = fixed_counts(SMOLLM2, KERNEL, average)
     channels = {name: KERNEL.channels(shape) for name, shape in SMOLLM2.items()}
     assert average_bits([found], SMOLLM2, KERNEL) <= average
-    # The next share is the least one above at which any group gets more.
-    following = min(((found[name] // 64 + 1) * 64 / n for name, n in channels.items()))
-    more = {name: min(n, int(following * n / 64 + 1e-9) * 64) for name, n in channels.items()}
-    assert all(more[name] >= found[name] for name in channels)
-    if found != channels:
+    most = {name: KERNEL.most(n) for name, n in channels.items()}
+    if found != most:
+        # The next share is the least one above at which any group gets more.
+        following = min((found[name] // 64 + 1) * 64 / n for name, n in channels.items() if found[name] < most[name])
+        more = {name: min(most[name], int(following * n / 64 + 1e-9) * 64) for name, n in channels.items()}
+        assert all(more[name] >= found[name] for name in channels)
         assert average_bits([more], SMOLLM2, KERNEL) > average
 
 
 def test_fixed_at_the_ends() -> None:
     shapes = {"ffn_in": (100, 600)}
-    assert fixed_counts(shapes, KERNEL, 16) == {"ffn_in": 600}
+    assert fixed_counts(shapes, KERNEL, 16) == {"ffn_in": 576}
     assert fixed_counts(shapes, KERNEL, 2.06) == {"ffn_in": 0}
     with pytest.raises(SelectionError, match=r"takes 2\.053"):
         fixed_counts(shapes, KERNEL, 2)
+
+
+def test_a_share_becomes_the_closest_steps() -> None:
+    assert counts_of_share({"a": (10, 600), "b": (10, 1536)}, KERNEL, 0.15) == {"a": 64, "b": 256}
+    with pytest.raises(SelectionError, match=r"600 channels at a cannot be high: .* Give a share of 0\.107 to 0\.960"):
+        counts_of_share({"a": (10, 600)}, KERNEL, 0.05)
 
 
 def test_budget() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from planish.plugins.kernel_library import Order
 from planish.plugins.native import SOURCES, find_compiler
 from planish.plugins.ops import matmul
 from planish.plugins.packing import pack
@@ -131,22 +132,62 @@ def test_function_body_gives_the_same(bits: int) -> None:
                 np.testing.assert_array_equal(found, y[0])
 
 
+#: What the orders of codes are multiplied by: 8-bit MMAs, wgmma, 4-bit MMAs.
+@pytest.mark.parametrize("order", Order)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(
     ("tokens", "rows", "k"), [(1, 1, 1), (17, 33, 65), (63, 16, 257), (65, 300, 576), (130, 257, 100)]
 )
-def test_many_tokens(tokens: int, rows: int, k: int, bits: int) -> None:
-    segment = random_segment(np.random.default_rng(tokens), tokens, rows, k, bits, 3, extreme=k == 65)
-    np.testing.assert_array_equal(emulate(segment, way=LARGE), expected(segment))
+def test_many_tokens(tokens: int, rows: int, k: int, bits: int, order: Order) -> None:
+    segment = random_segment(np.random.default_rng(tokens), tokens, rows, k, bits, 4, extreme=k == 65)
+    np.testing.assert_array_equal(emulate(segment, way=LARGE, order=order), expected(segment))
 
 
-def test_a_long_prompt() -> None:
+@pytest.mark.parametrize("order", Order)
+def test_a_long_prompt(order: Order) -> None:
     segment = random_segment(np.random.default_rng(0), 4096, 40, 576, 3, 3)
-    np.testing.assert_array_equal(emulate(segment, way=LARGE), expected(segment))
+    np.testing.assert_array_equal(emulate(segment, way=LARGE, order=order), expected(segment))
 
 
+@pytest.mark.parametrize("order", [Order.LANES, Order.COLUMNS])
+def test_many_tokens_of_8_bits(order: Order) -> None:
+    segment = random_segment(np.random.default_rng(0), 40, 48, 1000, 4, 8, extreme=True)
+    np.testing.assert_array_equal(emulate(segment, way=LARGE, order=order), expected(segment))
+
+
+@pytest.mark.parametrize("order", Order)
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_many_tokens_in_two_segments(bits: int) -> None:
+def test_many_tokens_in_two_segments(bits: int, order: Order) -> None:
     rng = np.random.default_rng(bits)
-    low, high = random_segment(rng, 70, 48, 300, bits, 3), random_segment(rng, 70, 48, 128, 4, 4)
-    np.testing.assert_array_equal(emulate(low, high, way=LARGE), expected(high, low))
+    for high_channels in (64, 320):
+        low, high = random_segment(rng, 70, 48, 300, bits, 3), random_segment(rng, 70, 48, high_channels, 4, 4)
+        np.testing.assert_array_equal(emulate(low, high, way=LARGE, order=order), expected(high, low))
+
+
+@pytest.mark.parametrize("order", [Order.COLUMNS, Order.NIBBLES])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_random_products_of_many_tokens(bits: int, order: Order) -> None:
+    """1,000 random products of each width and order, of random shapes."""
+    rng = np.random.default_rng(bits)
+    for _ in range(1000):
+        tokens, rows, k = rng.integers(1, [30, 34, 400])
+        segment = random_segment(rng, tokens, rows, k, bits, 4)
+        np.testing.assert_array_equal(emulate(segment, way=LARGE, order=order), expected(segment))
+
+
+@pytest.mark.parametrize("two_segments", [False, True])
+@pytest.mark.parametrize("rows", [16, 48, 320])
+def test_gate_and_up(rows: int, two_segments: bool) -> None:
+    """silu(gate) * up, of eight rows of gate before eight of up, by every kernel."""
+    rng = np.random.default_rng(rows)
+    for tokens in (1, 2, 7, 16, 67):
+        low = random_segment(rng, tokens, rows, 300, 3, 3)
+        high = random_segment(rng, tokens, rows, 64, 4, 4) if two_segments else None
+        both = [high, low] if high else [low]
+        gate, up = np.moveaxis(expected(*both).astype(np.float64).reshape(tokens, -1, 2, 8), 2, 0)
+        wanted = (gate / (1 + np.exp(-gate)) * up).reshape(tokens, -1)
+        runs = [{"way": LARGE, "order": order} for order in Order]
+        if tokens <= 16:
+            runs += [{"way": way, "warps": 2} for way in ways(tokens)]
+        for run in runs:
+            np.testing.assert_allclose(emulate(low, high, gated=True, **run), wanted, rtol=1e-5, atol=1e-30)

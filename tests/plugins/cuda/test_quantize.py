@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from planish.plugins.kernel_library import Order
 from planish.plugins.ops import quantize_activation
 from tests.kernel_emulation import Array, quantize, stored_tokens
 from tests.onnx_run import run_op
@@ -97,3 +98,16 @@ def test_permutation_and_two_segments() -> None:
         np.testing.assert_array_equal(found.codes[:, start:end], alone.codes)
         np.testing.assert_array_equal(found.scale[:, s], alone.scale[:, 0])
         np.testing.assert_array_equal(found.zero_sum[:, s], alone.zero_sum[:, 0])
+
+
+@pytest.mark.parametrize("order", Order)
+def test_orders(order: Order) -> None:
+    """The same codes, scales and sums, stored as each kernel loads them; two segments, each padded on its own."""
+    x = tokens(3, 700)
+    segments = [(64, 64, 4), (636, 768, 3)]
+    lanes, found = quantize(x, segments), quantize(x, segments, order=order)
+    np.testing.assert_array_equal(found.scale, lanes.scale)
+    np.testing.assert_array_equal(found.zero_sum, lanes.zero_sum)
+    codes = natural_order(lanes.codes)
+    parts = [stored_tokens(codes[:, :64], 64, 8, order), stored_tokens(codes[:, 64:], 768, 4, order)]
+    np.testing.assert_array_equal(found.codes, np.concatenate(parts, 1))

@@ -15,20 +15,35 @@ from planish.plugins.cuda_build import build_cubin, find_tool
 TOOLS = ("nvcc", "cuobjdump", "nvdisasm")
 MISSING = [tool for tool in TOOLS if find_tool(tool) is None]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"not found: {', '.join(MISSING)}; see docs/kernels.md"),
-]
-
-#: Ampere and Hopper: the oldest instruction set that is supported, and one where a 4-bit MMA would be emulated.
-ARCHITECTURES = ("80", "90a")
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not found: {', '.join(MISSING)}; see docs/kernels.md")
 
 #: Unit -> kernel (part of its name) -> (instruction that it must have, registers at most).
 EXPECTED = {
     "small_linear": {"small_dot": ("IDP.4A.U8.U8", 64), "small_mma": ("IMMA.16832.U8.U8", 128)},
     "large_linear": {"large": ("IMMA.16832.U8.U8", 255)},
+    "nibble_linear": {"large_nibbles": ("IMMA.16864.U4.U4", 255)},
+    "wgmma_linear": {"large_wgmma": ("IGMMA.64x", 255)},
+    "weight_only": {"weight_only": ("HMMA.16816.F32", 255)},
     "quantize_tokens": {"quantize": ("FFMA", 64)},
+    "append_kv": {"append_kv": ("SHFL", 128)},
+    "attend_kv": {"attend_few": ("HMMA.16816.F32", 128), "attend_many": ("HMMA.16816.F32", 255)},
 }
+#: What is compiled for the oldest GPUs that are supported, and for Hopper, where a 4-bit MMA would be emulated; what
+#: both have alike, once.
+COMPILED = [
+    ("large_linear", "80"),
+    ("nibble_linear", "80"),
+    ("weight_only", "80"),
+    ("small_linear", "80"),
+    ("small_linear", "90a"),
+    ("quantize_tokens", "90a"),
+    ("wgmma_linear", "90a"),
+    *(pytest.param(unit, "80", marks=pytest.mark.slow) for unit in ("quantize_tokens", "append_kv", "attend_kv")),
+    *(
+        pytest.param(unit, "90a", marks=pytest.mark.slow)
+        for unit in ("large_linear", "weight_only", "append_kv", "attend_kv")
+    ),
+]
 
 
 @functools.cache
@@ -52,8 +67,7 @@ def kernels(text: str, start: str) -> dict[str, str]:
     return dict(zip(pieces[::2], pieces[1::2], strict=True))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("unit", EXPECTED)
+@pytest.mark.parametrize(("unit", "architecture"), COMPILED)
 def test_registers_and_spills(unit: str, architecture: str, folder: Path) -> None:
     usage = run("cuobjdump", "--dump-resource-usage", cubin(unit, architecture, folder))
     found = kernels(usage, r"Function (\w+):")
@@ -67,8 +81,30 @@ def test_registers_and_spills(unit: str, architecture: str, folder: Path) -> Non
         assert "STACK:0" in figures, name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("unit", EXPECTED)
+@pytest.mark.parametrize(("unit", "kernel", "architecture"), [("nibble_linear", "large_nibbles", "90a")])
+def test_nothing_is_emulated_elsewhere(unit: str, kernel: str, architecture: str, folder: Path) -> None:
+    """A kernel of an instruction that an architecture does not have is empty there."""
+    found = kernels(run("nvdisasm", "-c", cubin(unit, architecture, folder)), r"\.text\.(\w+):")
+    assert found
+    for name, code in found.items():
+        assert kernel in name
+        assert not re.search("MMA|CALL|RET", code), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_attention_reads_in_the_background_and_transposes_in_registers(architecture: str, folder: Path) -> None:
+    found = kernels(run("nvdisasm", "-c", cubin("attend_kv", architecture, folder)), r"\.text\.(\w+):")
+    assert len(found) == 6
+    for name, code in found.items():
+        for instruction in ("LDGSTS", "MOVM.16.MT88", "MUFU.EX2"):
+            assert instruction in code, (name, instruction)
+        # Codes are operands as they are: no width of them takes a conversion from integers.
+        hot = code[code.index("HMMA") : code.rindex("HMMA")]
+        assert "I2F" not in hot, name
+
+
+@pytest.mark.parametrize(("unit", "architecture"), COMPILED)
 def test_instructions(unit: str, architecture: str, folder: Path) -> None:
     found = kernels(run("nvdisasm", "-c", cubin(unit, architecture, folder)), r"\.text\.(\w+):")
     assert found
@@ -77,6 +113,9 @@ def test_instructions(unit: str, architecture: str, folder: Path) -> None:
         assert instruction in code, name
         if "MMA" in instruction:
             # Something returns where a subroutine takes the place of an instruction that this GPU does not have. A CALL
-            # alone may be no more than a jump at which lanes wait for each other.
-            assert "RET" not in code, name
+            # alone may be no more than a jump at which lanes wait for each other. Only what a rounded division does
+            # with numbers near the end of its range is a subroutine too, behind the kernel's own code.
+            own, *subroutines = re.split(r"(?m)^(\$__internal\w*\$\S*):", code)
+            assert "RET" not in own, name
+            assert all("div_rn" in label for label in subroutines[::2]), name
         assert "LDL" not in code, name

@@ -1,0 +1,221 @@
+"""Perplexity at equal bits: high-impact channels by solved and by fixed numbers, and groups of scales without any.
+
+    python benchmarks/high_impact.py smollm2 --dataset CALIBRATION --text SCORING --work FOLDER --rows ROWS [--json]
+
+Rows are spelled SCHEME, which has no high-impact channels, or SCHEME@BUDGET:RULE:ROUNDING, separated by commas. Rules
+are solved, fixed, no-pairs (the losses of groups just add up) and no-fisher (channels ranked by their share of their
+linear's error, blocks alike). Roundings are gptq, adaround and nearest. As `ablation.py` does, a row flattens the whole
+model and scores in PyTorch, unpolished. What rows share, and finished rows, is kept in the work folder, from which a
+killed run goes on.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ablation import embed, perplexity_of, run_all, windows_of
+from rich.console import Console
+from rich.table import Table
+
+from planish.compiler.calibrate.text import calibration_tokens
+from planish.compiler.checkpoint import Checkpoint, open_checkpoint
+from planish.compiler.learn.block import Angles, FloatHooks, read_block
+from planish.compiler.learn.candidates import Form
+from planish.compiler.learn.flatten_block import flatten_block
+from planish.compiler.learn.flattening import held_out_sequences
+from planish.compiler.learn.precision import fast_products
+from planish.compiler.learn.site_fit import HighCount, Steps
+from planish.compiler.learn.streams import Streams
+from planish.compiler.progress import Progress, progress_for
+from planish.compiler.select.channel_split import ChannelSplit
+from planish.compiler.select.choose_forms import choose_forms
+from planish.compiler.select.fitted_transforms import fit_transforms
+from planish.compiler.select.high_channels import (
+    SEQUENCES,
+    ChosenChannels,
+    HighPolicy,
+    check_high_policy,
+    choose_channels,
+    high_counts,
+)
+from planish.compiler.select.pair_losses import BY_SITE, PairLosses, group_shapes
+from planish.compiler.select.policy import SelectionPolicy
+from planish.compiler.select.ratios import average_bits, choose_counts
+from planish.compiler.select.sensitivity import measure_sensitivity
+from planish.passes.scheme import Scheme
+from planish.passes.transforms import Site
+
+RULES = ("solved", "fixed", "no-pairs", "no-fisher")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One way to spend bits.
+
+    Attributes:
+        scheme: of the model.
+        budget: stored bits per weight; None has no high-impact channels.
+        rule: one of `RULES`.
+        rounding: of the weights.
+    """
+
+    scheme: Scheme
+    budget: float | None = None
+    rule: str = "solved"
+    rounding: str = "gptq"
+
+    @classmethod
+    def of(cls, spelling: str) -> "Row":
+        """Read a spelling such as w2a16@2.3:solved:gptq."""
+        head, *rest = spelling.split(":")
+        scheme, _, budget = head.partition("@")
+        return cls(Scheme.parse(scheme), float(budget) if budget else None, *rest)
+
+
+class Setting:
+    """What all rows share: a model, its calibration text, and a folder where what is found is kept."""
+
+    def __init__(self, arguments: argparse.Namespace, progress: Progress) -> None:
+        self.checkpoint: Checkpoint = open_checkpoint(arguments.model)
+        self.tokens = calibration_tokens(
+            arguments.dataset, self.checkpoint, nsamples=arguments.nsamples, seqlen=arguments.seqlen, seed=0
+        )
+        self.windows = windows_of(self.checkpoint, arguments.text, arguments.seqlen, arguments.windows)
+        self._policy = SelectionPolicy.parse(arguments.select)
+        self._bits, self._work, self._progress = arguments.hic_bits, arguments.work, progress
+
+    def folder(self, *parts: object) -> Path:
+        """Return a folder in the work folder, which is made."""
+        folder: Path = self._work.joinpath(*map(str, parts))
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def forms(self, scheme: Scheme) -> list[dict[Site, Form]]:
+        """Return the forms of the transforms of every block for a scheme."""
+        chosen = choose_forms(self.checkpoint, scheme, self._policy, self.tokens, self.folder(scheme), self._progress)
+        return [each.forms for each in chosen]
+
+    def choose(self, row: Row, forms: list[dict[Site, Form]]) -> ChosenChannels:
+        """Return how many channels of a row are high, and what that rests on."""
+        assert row.budget is not None
+        folder = self.folder(row.scheme)
+        transforms, _ = fit_transforms(self.checkpoint, row.scheme, forms, self.tokens, folder, self._progress)
+        of_score = {"score": "moment", "weighted": False} if row.rule == "no-fisher" else {}
+        policy = HighPolicy(self._bits, row.budget, name="fixed" if row.rule == "fixed" else "solved", **of_score)
+        form = row.scheme.linear
+        check_high_policy(policy, self.checkpoint, form)
+        folder = self.folder(row.scheme, f"{self._bits}-{row.budget}-{policy.score}")
+        # Sensitivity does not depend on the budget.
+        shared = self.folder(row.scheme, "sensitivity")
+        sensitivity = measure_sensitivity(
+            self.checkpoint, self.tokens[:SEQUENCES], form, shared, self._progress, transforms
+        )
+        for path in shared.glob("*.safetensors"):
+            link = folder / path.name
+            if not link.exists():
+                link.hardlink_to(path)
+        started = time.perf_counter()
+        chosen = choose_channels(policy, self.checkpoint, form, transforms, self.tokens, folder, self._progress)
+        self._progress.say(f"choosing took {time.perf_counter() - started:.0f} s")
+        if row.rule != "no-pairs":
+            return chosen
+        split, shapes = ChannelSplit.of(form, policy.bits), group_shapes(self.checkpoint, BY_SITE)
+        alone = [without_pairs(PairLosses(**each)) for each in chosen.evidence["losses"]]
+        counts = choose_counts(alone, shapes, split, row.budget, chosen.evidence["block_weights"])
+        evidence = chosen.evidence | {"counts": counts, "stored_bits": average_bits(counts, shapes, split)}
+        return ChosenChannels(high_counts(counts, sensitivity, policy), evidence)
+
+    @torch.no_grad()
+    def perplexity(self, row: Row, forms: list[dict[Site, Form]], high: list[dict[Site, HighCount]] | None) -> float:
+        """Flatten block after block, scoring the windows on the way."""
+        config, tokens = self.checkpoint.config, torch.from_numpy(self.tokens)
+        x, target = embed(self.checkpoint, self.windows), embed(self.checkpoint, tokens)
+        seen, held_out = target.clone(), held_out_sequences(len(tokens))
+        angles, scored = (Angles.of(config, each.shape[1]) for each in (tokens, self.windows))
+        steps = Steps(rounding=row.rounding)
+        with fast_products():
+            for layer in range(config.num_hidden_layers):
+                block = read_block(self.checkpoint, layer)
+                outputs = run_all(FloatHooks(block), self.checkpoint, target, angles)
+                streams = Streams(target, seen, held_out)
+                of_block = None if high is None else high[layer]
+                done = flatten_block(block, streams, outputs, row.scheme, forms[layer], layer, steps, high=of_block)
+                seen = run_all(done.hooks, self.checkpoint, seen, angles)
+                x = run_all(done.hooks, self.checkpoint, x, scored)
+                target = outputs
+                self._progress.step("flatten", layer + 1, config.num_hidden_layers)
+        return perplexity_of(self.checkpoint, row.scheme, self.windows, x)
+
+
+def without_pairs(losses: PairLosses) -> PairLosses:
+    """Return the same losses with groups that do not act on each other."""
+    together = {
+        first: {second: np.add.outer(losses.alone[first], losses.alone[second]).tolist() for second in of_first}
+        for first, of_first in losses.together.items()
+    }
+    return dataclasses.replace(losses, together=together)
+
+
+def stored_bits(scheme: Scheme, checkpoint: Checkpoint) -> float:
+    """Return the stored bits per weight without high-impact channels."""
+    shapes = group_shapes(checkpoint, BY_SITE).values()
+    bits = sum(scheme.linear.average_bits(inputs) * rows * inputs for rows, inputs in shapes)
+    return bits / sum(rows * inputs for rows, inputs in shapes)
+
+
+def run_row(setting: Setting, spelling: str) -> dict[str, Any]:
+    """Return the perplexity of a row, the bits it stores, the time it took, and its numbers of channels."""
+    row, started = Row.of(spelling), time.perf_counter()
+    forms, found, high = setting.forms(row.scheme), {}, None
+    if row.budget is None:
+        found["bits"] = stored_bits(row.scheme, setting.checkpoint)
+    else:
+        chosen = setting.choose(row, forms)
+        high = chosen.high
+        found["bits"], found["counts"] = chosen.evidence["stored_bits"], chosen.evidence["counts"]
+    found["perplexity"] = setting.perplexity(row, forms, high)
+    return {**found, "seconds": round(time.perf_counter() - started)}
+
+
+def main() -> None:
+    """Run the rows and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--dataset", required=True, help="calibration text")
+    parser.add_argument("--text", required=True, help="scoring text")
+    parser.add_argument("--work", type=Path, required=True, help="folder of one model, text and selection")
+    parser.add_argument("--rows", required=True)
+    parser.add_argument("--select", default="fixed:affine", help="policy of the transforms")
+    parser.add_argument("--hic-bits", type=int, default=4)
+    parser.add_argument("--nsamples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    rows: Sequence[str] = arguments.rows.split(",")
+    kept = arguments.work / "rows.json"
+    with progress_for() as progress:
+        setting = Setting(arguments, progress)
+        for spelling in rows:
+            found = json.loads(kept.read_text()) if kept.exists() else {}
+            if spelling not in found:
+                found[spelling] = run_row(setting, spelling)
+                kept.write_text(json.dumps(found))
+                progress.say(f"{spelling}: {found[spelling]['perplexity']:.2f} at {found[spelling]['bits']:.3f} bits")
+    table = Table("row", "bits", "perplexity", "seconds")
+    for spelling in rows:
+        each = found[spelling]
+        table.add_row(spelling, f"{each['bits']:.3f}", f"{each['perplexity']:.2f}", str(each["seconds"]))
+    Console().print(table)
+    if arguments.json:
+        print(json.dumps({row: found[row] for row in rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""`planish compare`: size, accuracy and speed of bundles and checkpoints side by side."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from planish.compiler.cli import measured_on as options
+from planish.compiler.cli.app import JsonFlag, Output
+
+__all__ = ["run_compare"]
+
+
+def run_compare(
+    models: Annotated[list[str], typer.Argument(metavar="A B [C ...]", help="Bundles, and checkpoints in float32.")],
+    text: options.TextOption = None,
+    dataset: options.DatasetOption = None,
+    seqlen: options.SeqlenOption = None,
+    windows: options.WindowsOption = None,
+    kl: Annotated[bool, typer.Option(help="Measure the divergence from the float model.")] = True,
+    against: options.AgainstOption = None,
+    tasks: options.TasksOption = None,
+    task_data: options.TaskDataOption = None,
+    limit: options.LimitOption = None,
+    answers: options.AnswersOption = None,
+    speed: Annotated[bool, typer.Option(help="Measure prefill and decode, each model in a process of its own.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="Draw the comparison into this file, .svg or .png.")] = None,
+    threads: options.ThreadsOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Measure models on the same text and tasks in one run, and print them side by side."""
+    from planish.compiler.compare.comparison import TaskSettings, compare_models
+    from planish.compiler.compare.plot import FORMATS, plot_comparison
+    from planish.compiler.compare.table import figures, label
+    from planish.compiler.optional import require
+    from planish.compiler.progress import progress_for
+
+    if text is None and dataset is None:
+        raise typer.BadParameter("give --text or --dataset", param_hint="--text")
+    if plot is not None:
+        if plot.suffix not in FORMATS:
+            raise typer.BadParameter(f"{plot} ends in none of {', '.join(FORMATS)}", param_hint="--plot")
+        require("matplotlib")
+    out, names = Output(json), options.task_names(tasks)
+    with progress_for(sys.stderr) as progress:
+        read = options.open_text(text, dataset, progress)
+        assert read is not None
+        found = compare_models(
+            models,
+            read,
+            progress,
+            seqlen=seqlen,
+            windows=windows,
+            divergence=kl,
+            against=against,
+            tasks=TaskSettings(names, task_data, limit, answers) if names else None,
+            speed=speed,
+            threads=threads,
+        )
+    rows = [[f"{row.name} ({row.better} is better)", *row.shown] for row in figures(found)]
+    out.table(f"on {found.text}", ["", *map(label, found.models)], rows)
+    if found.reference:
+        out.line(f"divergence is measured from {found.reference}")
+    if plot is not None:
+        plot_comparison(found, plot)
+        out.line(f"drawn in {plot}")
+    out.result(found.to_dict())

@@ -1,0 +1,164 @@
+"""A model to be measured: a bundle run by ONNX Runtime, or a checkpoint whose float model transformers runs."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.bundle.layout import MANIFEST_FILE, RECIPE_FILE
+from planish.compiler.bundle.manifest import FileRecord
+from planish.compiler.checkpoint import Checkpoint, open_checkpoint
+from planish.compiler.checkpoint.sidecars import end_tokens
+from planish.compiler.errors import CheckpointError, ComparisonError, UnsupportedModelError
+from planish.compiler.measure.language_model import LanguageModel
+from planish.compiler.measure.texts import Text
+from planish.compiler.runtime.tokenizer import Tokenizer
+
+__all__ = ["Subject", "check_same_tokens", "float_subject", "is_bundle", "open_subject"]
+
+#: Targets that are engines, not models that ONNX Runtime executes.
+_ENGINES = ("rtx", "tensorrt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model that is measured, and what measuring needs of it.
+
+    Attributes:
+        name: what it is called.
+        origin: what it was opened from.
+        model: runs it.
+        tokenizer: of the model.
+        max_context: the longest context, in tokens.
+        bos: the token that stands in front of a text without context: BOS, or EOS where there is none.
+        eos: tokens that end a text.
+        fingerprint: differs (hex) when what the model computes may differ.
+    """
+
+    name: str
+    origin: Bundle | Checkpoint
+    model: LanguageModel
+    tokenizer: Tokenizer
+    max_context: int
+    bos: int
+    eos: tuple[int, ...]
+    fingerprint: str
+
+
+def open_subject(source: str | Path, *, target: str | None = None, threads: int | None = None) -> Subject:
+    """Open a bundle, or read a checkpoint into memory as float32.
+
+    Args:
+        source: the folder of a bundle, or what `open_checkpoint` takes.
+        target: of a bundle, what to run; see `Bundle.session`.
+        threads: of the model; None is one per core.
+
+    Raises:
+        UnsupportedModelError: if the target is an engine that could be loaded here: engines are not run by planish.
+        EngineMismatchError: if the target is an engine that cannot be loaded here.
+        PlanishError: as `Bundle.open` and `open_checkpoint` do.
+    """
+    if is_bundle(source):
+        return _of_bundle(Bundle.open(source), target, threads)
+    if target is not None:
+        raise UnsupportedModelError(
+            f"{source} is no bundle, so it has no target {target}: a checkpoint is run in float32. Leave out --target."
+        )
+    return _of_checkpoint(open_checkpoint(source), threads)
+
+
+def is_bundle(source: str | Path) -> bool:
+    """Say whether `source` is a bundle, or an ONNX file, which only belongs to one, rather than a checkpoint."""
+    path = Path(source)
+    return (path / MANIFEST_FILE).is_file() or path.suffix == ".onnx"
+
+
+def float_subject(bundle: Bundle, threads: int | None = None) -> Subject:
+    """Open the float model that `bundle` was compiled from, where its recipe says it lies.
+
+    Raises:
+        ComparisonError: if there is no recipe, its checkpoint cannot be opened, or has been changed since.
+    """
+    from planish.compiler.checkpoint.first_layers import open_first_layers
+    from planish.compiler.pipeline.recipe import Recipe
+
+    if not (bundle.path / RECIPE_FILE).is_file():
+        raise ComparisonError(f"{bundle.path} has no {RECIPE_FILE} that names its float model. Name it by --against.")
+    recipe = Recipe.read(bundle.path / RECIPE_FILE)
+    try:
+        checkpoint = open_first_layers(recipe.model, recipe.num_layers)
+    except CheckpointError as error:
+        raise ComparisonError(
+            f"The float model of {bundle.path} cannot be opened: {error} Or name it by --against."
+        ) from error
+    if checkpoint.fingerprint() != bundle.manifest.checkpoint:
+        raise ComparisonError(
+            f"{bundle.path} was compiled from another {recipe.model} than the one that is there now. "
+            "Name its float model by --against."
+        )
+    return _of_checkpoint(checkpoint, threads)
+
+
+def check_same_tokens(subjects: list[Subject], text: Text) -> None:
+    """Check that the tokens of `text` are the same, and mean the same, to all models.
+
+    Raises:
+        ComparisonError: naming two models whose tokenizers differ.
+    """
+    first, *others = subjects
+    vocabulary, ids = first.tokenizer.vocabulary(), first.tokenizer.encode(text.content)
+    for other in others:
+        found = other.tokenizer.encode(text.content)
+        if found != ids or other.tokenizer.vocabulary() != vocabulary:
+            raise ComparisonError(
+                f"{first.name} and {other.name} have different tokenizers ({len(ids)} and {len(found)} tokens in "
+                f"{text.name}), so what they measure per token does not compare. Compare models of one tokenizer."
+            )
+
+
+def _of_bundle(bundle: Bundle, target: str | None, threads: int | None) -> Subject:
+    if target in _ENGINES:
+        bundle.engine(target)
+        raise UnsupportedModelError(
+            f"The {target} engine of {bundle.path} can be loaded here, but planish measures only what ONNX Runtime "
+            "executes: take --target ort or portable."
+        )
+    executed = bundle.model_path(target)
+    return Subject(
+        name=str(bundle.path),
+        origin=bundle,
+        model=bundle.session(target, threads),
+        tokenizer=bundle.tokenizer,
+        max_context=bundle.manifest.max_context,
+        bos=_bos(bundle.tokenizer, bundle.config.bos_token_id, bundle.eos_token_ids),
+        eos=bundle.eos_token_ids,
+        fingerprint=f"{FileRecord.of(bundle.path / MANIFEST_FILE).sha256} {executed.relative_to(bundle.path)}",
+    )
+
+
+def _of_checkpoint(checkpoint: Checkpoint, threads: int | None) -> Subject:
+    from planish.compiler.measure.reference import Reference
+
+    with tempfile.TemporaryDirectory(prefix="planish-") as folder:
+        checkpoint.write_sidecars(Path(folder))
+        tokenizer = Tokenizer(Path(folder))
+        eos = end_tokens(Path(folder), checkpoint.config)
+        bos = _bos(tokenizer, checkpoint.config.bos_token_id, eos)
+    return Subject(
+        name=checkpoint.name,
+        origin=checkpoint,
+        model=Reference(checkpoint, threads),
+        tokenizer=tokenizer,
+        max_context=checkpoint.config.max_context,
+        bos=bos,
+        eos=eos,
+        fingerprint=f"{checkpoint.fingerprint()} float32",
+    )
+
+
+def _bos(tokenizer: Tokenizer, of_config: int | None, eos: tuple[int, ...]) -> int:
+    """Return BOS by the tokenizer's settings, else EOS by them (as lm-evaluation-harness does), else by config.json."""
+    for token in (tokenizer.special_token("bos_token"), tokenizer.special_token("eos_token"), of_config, *eos):
+        if token is not None:
+            return token
+    return 0

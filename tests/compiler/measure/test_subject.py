@@ -1,0 +1,85 @@
+"""What can be measured is opened; float models that are not the bundle's, and other tokenizers, are refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from planish.compiler.backends.tensorrt import check as engine_check
+from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.checkpoint import Checkpoint
+from planish.compiler.errors import ComparisonError, UnsupportedModelError
+from planish.compiler.measure.subject import check_same_tokens, float_subject, open_subject
+from planish.compiler.measure.texts import Text, text_file
+from tests.tiny import write_tiny
+
+
+@pytest.fixture
+def copy(bundle: Bundle, tmp_path: Path) -> Bundle:
+    """A bundle to change; only its manifest was checked."""
+    return Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
+
+
+def test_bundles_and_checkpoints(bundle: Bundle, tiny: Path) -> None:
+    low, full = open_subject(bundle.path, threads=1), open_subject(tiny)
+    assert isinstance(low.origin, Bundle)
+    assert isinstance(full.origin, Checkpoint)
+    for subject in (low, full):
+        assert (subject.bos, subject.eos, subject.max_context) == (0, (1,), 256)
+    assert low.fingerprint != open_subject(bundle.path, target="portable", threads=1).fingerprint != full.fingerprint
+    assert open_subject(bundle.path, target="ort", threads=1).fingerprint == low.fingerprint
+
+
+def test_end_of_text_stands_in_for_a_missing_begin(tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "bos_token": None, "eos_token": {"content": "<|eos|>"}}))
+    assert open_subject(folder).bos == 1
+    path.unlink()
+    # Then config.json says it.
+    assert open_subject(folder).bos == 0
+
+
+def test_float_model_of_a_bundle(bundle: Bundle, tiny: Path, float_bundle: Bundle) -> None:
+    assert float_subject(bundle).fingerprint == open_subject(tiny).fingerprint
+    with pytest.raises(ComparisonError, match=r"has no recipe\.yaml.*--against"):
+        float_subject(float_bundle)
+
+
+def test_float_model_that_is_gone_or_another(copy: Bundle, tmp_path: Path) -> None:
+    recipe = copy.path / "recipe.yaml"
+    model = tmp_path / "other"
+    recipe.write_text(f"model: {model}\nscheme: w4a8k8v8\n")
+    with pytest.raises(ComparisonError, match=r"other does not exist.*--against"):
+        float_subject(copy)
+    write_tiny(model, seed=5)
+    with pytest.raises(ComparisonError, match=r"was compiled from another .*other than the one that is there"):
+        float_subject(copy)
+
+
+def test_other_tokenizers(tiny: Path, tmp_path: Path, text: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "other")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    ours, other = open_subject(tiny), open_subject(folder)
+    check_same_tokens([ours, ours], text_file(text))
+    with pytest.raises(ComparisonError, match="tiny and other have different tokenizers"):
+        check_same_tokens([ours, ours, other], text_file(text))
+    # Equal on this text, but with other names for the same numbers.
+    content["model"]["merges"] = json.loads((tiny / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
+    content["added_tokens"][2]["content"] = "<|padding|>"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ComparisonError, match="different tokenizers"):
+        check_same_tokens([ours, open_subject(folder)], Text("x", "x"))
+
+
+def test_engines_are_not_run(bundle: Bundle, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnsupportedModelError, match="a checkpoint is run in float32"):
+        open_subject(tiny, target="ort")
+    monkeypatch.setattr(Bundle, "engine", lambda self, target: engine_check)
+    with pytest.raises(UnsupportedModelError, match=r"engine of .* can be loaded here"):
+        open_subject(bundle.path, target="rtx")

@@ -1,0 +1,167 @@
+"""`planish eval` and `planish compare`: what they print, and the exit code of everything that can be wrong."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from transformers import AutoTokenizer
+
+from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.harness import tasks
+from tests.command import Run
+from tests.task_examples import EXAMPLES
+from tests.tiny import write_tiny
+
+FEW = ("--seqlen", 32, "--windows", 2, "--threads", 1)
+needs_harness = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed (extra 'eval')"
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Answers are kept in a folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with the examples of all tasks."""
+    folder = tmp_path / "examples"
+    folder.mkdir()
+    for task, examples in EXAMPLES.items():
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in examples), encoding="utf-8")
+    return folder
+
+
+@needs_harness
+def test_eval_measures_all_at_once(run: Run, bundle: Bundle, text: Path, data: Path, cache: Path) -> None:
+    names = ",".join(EXAMPLES)
+    options = ("--text", text, *FEW, "--kl", "--tasks", names, "--task-data", data, "--limit", 3)
+    done = run("eval", bundle.path, *options, "--json")
+    assert done.code == 0, done.err
+    found = done.json
+    assert found["kl"] > 0
+    assert 0 < found["agreement"] <= 1
+    assert set(found["tasks"]) == set(EXAMPLES)
+    assert found["tasks"]["piqa"]["examples"] == 3
+    assert set(found["tasks"]["piqa"]["metrics"]) == {"acc", "acc_norm"}
+    assert found["tasks"]["winogrande"]["metrics"]["acc"]["stderr"] is None
+    assert 0 <= found["mean_score"]["value"] <= 1
+    assert f"KL divergence {found['kl']:.6f} nats" in done.err
+    assert [path.suffix for path in (cache / "planish" / "answers").iterdir()] == [".jsonl"]
+
+    again = run("eval", bundle.path, "--tasks", names, "--task-data", data, "--limit", 3)
+    assert "requests were answered before" in again.err
+    assert "lambada_openai" in again.out
+    assert "perplexity" in again.out
+    assert "KL divergence" not in again.out
+
+
+def test_divergence_from_a_named_model(run: Run, bundle: Bundle, tiny: Path, text: Path) -> None:
+    of_recipe = run("eval", bundle.path, "--text", text, *FEW, "--kl", "--json").json
+    named = run("eval", bundle.path, "--text", text, *FEW, "--against", tiny, "--json").json
+    assert named["kl"] == pytest.approx(of_recipe["kl"], rel=1e-6)
+    itself = run("eval", tiny, "--text", text, *FEW, "--against", bundle.path, "--json").json
+    assert itself["kl"] == pytest.approx(named["kl"], rel=0.5)
+
+
+@needs_harness
+def test_compare(run: Run, bundle: Bundle, tiny: Path, text: Path, data: Path, tmp_path: Path) -> None:
+    chosen = ("--text", text, *FEW, "--tasks", "piqa,arc_easy", "--task-data", data)
+    plot = tmp_path / "plot.svg"
+    done = run("compare", tiny, bundle.path, *chosen, "--no-speed", "--plot", plot, "--json")
+    assert done.code == 0, done.err
+    full, low = done.json["models"]
+    assert (low["format"], full["format"]) == ("w4a8k8v8", "float32")
+    assert done.json["reference"] == "tiny"
+    assert full["evaluation"]["kl"] == 0
+    alone = run("eval", bundle.path, "--text", text, *FEW, "--kl", "--json").json
+    for figure in ("perplexity", "kl", "agreement"):
+        assert low["evaluation"][figure] == pytest.approx(alone[figure], rel=1e-9)
+    assert low["weight_bytes"] < full["weight_bytes"]
+    assert low["average_bits"] < 5 < full["average_bits"] == 32
+    assert low["scores"]["piqa"]["examples"] == len(EXAMPLES["piqa"])
+    assert low["speed"] is None
+    texts = "".join(ElementTree.parse(plot).getroot().itertext())
+    assert f"{low['evaluation']['perplexity']:.3f}" in texts
+    assert "prefill" not in texts
+    shown = run("compare", bundle.path, tiny, "--text", text, *FEW, "--no-speed", "--no-kl")
+    assert f"{low['evaluation']['perplexity']:.3f}" in shown.out
+    assert "KL" not in shown.out
+
+
+def test_compare_measures_speed(run: Run, bundle: Bundle, float_bundle: Bundle, text: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "plot.png"
+    done = run("compare", bundle.path, float_bundle.path, "--text", text, *FEW, "--plot", plot, "--json")
+    assert done.code == 0, done.err
+    assert done.json["reference"] == "tiny"
+    for each in done.json["models"]:
+        assert each["speed"]["prefill"] > each["speed"]["decode"] > 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_of_different_tokenizers(run: Run, bundle: Bundle, text: Path, tmp_path: Path) -> None:
+    other = write_tiny(tmp_path / "other")
+    path = other / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["merges"] = []
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert len(AutoTokenizer.from_pretrained(other)("the hen")["input_ids"]) == 7
+    for command in (["compare", bundle.path, other], ["eval", bundle.path, "--against", other]):
+        done = run(*command, "--text", text, *FEW)
+        assert (done.code, "have different tokenizers" in done.err) == (31, True)
+
+
+def test_nothing_to_compare_with(run: Run, bundle: Bundle, text: Path, tmp_path: Path) -> None:
+    alone = run("compare", bundle.path, "--text", text)
+    assert (alone.code, "Give two or more" in alone.err) == (31, True)
+    copy = shutil.copytree(bundle.path, tmp_path / "copy")
+    (copy / "recipe.yaml").write_text("model: gone/away/from/here\nscheme: w4a8\n")
+    manifest = json.loads((copy / "planish.json").read_text())
+    del manifest["files"]["recipe.yaml"]
+    (copy / "planish.json").write_text(json.dumps(manifest))
+    gone = run("eval", copy, "--text", text, *FEW, "--kl")
+    assert (gone.code, "does not exist" in gone.err, "--against" in gone.err) == (31, True, True)
+
+
+@needs_harness
+def test_bad_tasks(run: Run, bundle: Bundle, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "_manager", lambda _, few=tasks._manager: few(True))
+    with (data / "piqa.jsonl").open("a") as file:
+        file.write('{"goal": "g", "sol1": "a", "sol2": "b", "label": 7}\n')
+    (data / "boolq.jsonl").write_text("\n")
+    (data / "arc_easy.jsonl").unlink()
+    for arguments, message in (
+        (["piqa", "--task-data", data], "piqa.jsonl, line 6 is no example of piqa: 'label'"),
+        (["boolq", "--task-data", data], "boolq.jsonl holds no examples"),
+        (["arc_easy", "--task-data", data], "arc_easy cannot be read"),
+        (["piqqa"], "no task 'piqqa'. Did you mean piqa"),
+        (["piqa"], "cannot be read from the Hub"),
+    ):
+        done = run("eval", bundle.path, "--tasks", *arguments)
+        assert (done.code, message in done.err) == (30, True), done.err
+
+
+def test_bad_requests(run: Run, bundle: Bundle, tiny: Path, text: Path) -> None:
+    for command in (
+        ["eval", bundle.path],
+        ["eval", bundle.path, "--text", text, "--dataset", "c4"],
+        ["eval", bundle.path, "--text", text, "--target", "tpu"],
+        ["eval", tiny, "--text", text, "--kl"],
+        ["eval", bundle.path, "--tasks", "piqa", "--limit", 0],
+        ["eval", bundle.path, "--tasks", "piqa", "--kl"],
+        ["compare", bundle.path, tiny],
+        ["compare", bundle.path, tiny, "--text", text, "--plot", "plot.pdf"],
+    ):
+        assert run(*command).code == 2, command
+    beyond = run("eval", bundle.path, "--text", text, "--seqlen", 257)
+    assert (beyond.code, "longer than the model's context" in beyond.err) == (20, True)
+    offline = run("eval", bundle.path, "--dataset", "wikitext2")
+    assert (offline.code, "Connect to the network" in offline.err) == (20, True)
+    engine = run("eval", bundle.path, "--text", text, "--target", "rtx")
+    assert (engine.code, "not for rtx" in engine.err) == (17, True)

@@ -144,7 +144,8 @@ def _channels(number: int, site: Mapping[str, Any]) -> Plot:
         axes.margins(x=0)
     sides[0].set_ylim(0)
     sides[0].set_ylabel("|x| / RMS of its token")
-    sides[0].legend(loc="upper right")
+    # Where flattening has made room.
+    sides[1].legend(loc="upper right")
     largest = {side: max(site[side]["max_rest"]) for side in ("before", "after")}
     neighbours = f" Each point is the largest of {site['pooled']} neighbours." if site["pooled"] > 1 else ""
     return Plot(

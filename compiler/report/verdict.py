@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from planish.compiler.report.words import short
+
 __all__ = ["judge"]
 
 #: Perplexity over that of the float model up to which a model counts as close to it, and as usable.
@@ -55,8 +57,8 @@ def _accuracy(rows: Mapping[str, Mapping[str, Any]], facts: Mapping[str, Any]) -
     ]
     if nearest.get("perplexity") and made is not nearest:
         words.append(
-            f"Rounded to nearest with nothing flattened, it would be {nearest['perplexity']:,.4g}. What it predicts is "
-            f"{made['divergence']:.3g} nats per token from the float model's predictions (KL divergence), instead of "
-            f"{nearest['divergence']:.3g}."
+            f"Rounded to nearest with nothing flattened, it would be {short(nearest['perplexity'])}. What it predicts "
+            f"is {made['divergence']:.3g} nats per token from the float model's predictions (KL divergence), instead "
+            f"of {nearest['divergence']:.3g}."
         )
     return grade, title, words

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,8 @@ def flatten(
     entry = transforms_entry(choices, policy, checkpoint.config, checkpoint.fingerprint())
     if choice:
         entry["high_impact"] = choice
+    if refine_epochs:
+        entry["refinement"] = [each["refinement"] for each in measured]
     before = TransformedCheckpoint(checkpoint, transforms), rounded
     divergence, cross_entropy = _held_out(checkpoint, scheme, tokens, folder, device)
     progress.step("compare", 1, 1)
@@ -161,7 +164,9 @@ def flatten(
             progress,
             device,
         )
-        divergence["flattened and polished"] = min(entry["polish"]["held_out_divergence"])
+        divergence["flattened and polished"] = min(
+            each for each in entry["polish"]["held_out_divergence"] if each is not None
+        )
         cross_entropy["flattened and polished"] = entry["polish"].pop("held_out_cross_entropy")
     entry["held_out_divergence"], entry["held_out_cross_entropy"] = divergence, cross_entropy
     made = TransformedCheckpoint(checkpoint, transforms)
@@ -256,7 +261,8 @@ def _polish(
         codes.keep(part, kept)
     return polished.transforms, {
         "epochs": epochs,
-        "held_out_divergence": polished.divergence,
+        # Of an epoch that diverged there is none; JSON has no infinity.
+        "held_out_divergence": [each if math.isfinite(each) else None for each in polished.divergence],
         "held_out_cross_entropy": polished.cross_entropy,
     }
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.quantize.arithmetic import channels_of, dequantize_weight
@@ -13,6 +14,9 @@ from planish.passes.formats import LM_HEAD
 from planish.passes.scheme import Scheme
 
 __all__ = ["make_plan"]
+
+#: Rows that are squared at a time.
+_ROWS = 4096
 
 
 def make_plan(
@@ -66,10 +70,10 @@ def _linear(checkpoint: Checkpoint, scheme: Scheme, codes: CodesOnDisk, module: 
     for segment in (*high, rest):
         name = segment.of(module)
         off = channels_of(weight, segment) - dequantize_weight(codes.quantized(name))
-        lost += float(off.double().square().sum())
+        lost += _energy(off)
         packed = codes.read(name)
         stored += packed.packed.nbytes + packed.scale.nbytes
-    held = float(weight.double().square().sum())
+    held = _energy(weight)
     entry = {
         "module": module,
         "format": str(form),
@@ -83,6 +87,11 @@ def _linear(checkpoint: Checkpoint, scheme: Scheme, codes: CodesOnDisk, module: 
     for each in high:
         entry["high"] = {"bits": each.format.weight_bits, "count": each.size(weight.shape[1])}
     return entry
+
+
+def _energy(matrix: Tensor) -> float:
+    """Return the sum of squares, in float64 but without a float64 copy of the whole, which is as large as lm_head."""
+    return math.fsum(float(rows.double().square().sum()) for rows in torch.split(matrix, _ROWS))
 
 
 def _reason(module: str) -> str:

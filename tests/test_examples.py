@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 READMES = sorted((ROOT / "examples").glob("*/README.md"))
+#: Their commands need TensorRT; tests/compiler/test_deploy_examples.py tests what can be tested of them.
+NEED_TENSORRT = ("tensorrt_cpp", "trtexec")
 #: A command of a README, as a newcomer would copy it.
 _COMMAND = re.compile(r"^    ((?:planish|python) .*)$", re.MULTILINE)
 #: What makes a command cheap, by its first words.
@@ -27,7 +29,9 @@ def commands(readme: Path) -> list[str]:
     return [f"{each} {_REDUCED.get(' '.join(each.split()[:2]), '')}" for each in found]
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "readme", [each for each in READMES if each.parent.name not in NEED_TENSORRT], ids=lambda path: path.parent.name
+)
 def test_the_commands_of_an_example_run(readme: Path, tmp_path: Path) -> None:
     assert commands(readme)
     for name in ("README.md", "docs", "examples"):

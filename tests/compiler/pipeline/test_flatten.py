@@ -288,6 +288,8 @@ def test_bits_of_single_layers(
     assert {form for module, form in formats.items() if ".0." in module} == {"w8a8"}
     assert formats["model.layers.1.self_attn.k_proj"] == "w2a4"
     assert formats["model.layers.1.self_attn.o_proj"] == "w4a4"
+    transforms = json.loads((bundle.path / "plan.json").read_text()).get("transforms", {})
+    assert len(transforms.get("refinement", ())) == (2 if refine else 0)
     plain = compile_model(tiny, tmp_path / "plain", **settings)
     assert inspect(bundle).average_bits > inspect(plain).average_bits + 1
     if select == "none":

@@ -17,7 +17,6 @@ EXTRA_OF = {
     "polygraphy": "rtx",
     "pyarrow": "datasets",
     "lm_eval": "eval",
-    "ray": "distributed",
 }
 
 

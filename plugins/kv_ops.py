@@ -5,7 +5,6 @@ there: so calls can be captured into a CUDA graph and replayed while the cache g
 reading memory of the GPU is refused in words.
 """
 
-import contextlib
 import ctypes
 import dataclasses
 
@@ -13,13 +12,13 @@ import torch
 
 from planish.plugins.kernel_library import call
 from planish.plugins.kv_library import PAGE_TOKENS, AppendTask, AttendTask, CacheArrays, TokenCounts, kv_library
+from planish.plugins.on_tensors import TYPES, address, launch, on_device_of
 from planish.plugins.packing import packed_size
 
 __all__ = ["PackedCache", "append_kv", "attend_kv", "attention_workspace"]
 
 #: Where tensors must be.
 _DEVICE = "cuda"
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,10 +109,10 @@ class PackedCache:
             _check("pages", self.pages, torch.int32, tuple(self.pages.shape))
         first = self.firsts[0].shape[2]
         return CacheArrays(
-            keys=_address(self.codes[0]), key_scales=_address(self.scales[0]), values=_address(self.codes[1]),
-            value_scales=_address(self.scales[1]), pages=_address(self.pages),
-            first_keys=_address(self.firsts[0]) if first else None,
-            first_values=_address(self.firsts[1]) if first else None, first=first, capacity=self.capacity,
+            keys=address(self.codes[0]), key_scales=address(self.scales[0]), values=address(self.codes[1]),
+            value_scales=address(self.scales[1]), pages=address(self.pages),
+            first_keys=address(self.firsts[0]) if first else None,
+            first_values=address(self.firsts[1]) if first else None, first=first, capacity=self.capacity,
             kv_heads=self.kv_heads, head_dim=self.head_dim, key_bits=self.bits[0], value_bits=self.bits[1],
         )  # fmt: skip
 
@@ -171,13 +170,13 @@ def append_kv(
     if key_map is not None and query_map is not None and len(key_map) != len(query_map):
         raise ValueError(f"{len(key_map)} key maps and {len(query_map)} query maps: as many of one as of the other")
     task = AppendTask(
-        cache=cache.arrays(), news=_counts(past, counts, keys), queries=_address(queries), keys=_address(keys),
-        values=_address(values), query_stride=query_stride, stride=stride, rotated=_address(out) if heads else None,
-        heads=heads, type=_TYPES[keys.dtype], cosines=_address(cosines), sines=_address(sines),
-        key_map=_address(key_map), query_map=_address(query_map), map_count=0 if key_map is None else len(key_map),
+        cache=cache.arrays(), news=_counts(past, counts, keys), queries=address(queries), keys=address(keys),
+        values=address(values), query_stride=query_stride, stride=stride, rotated=address(out) if heads else None,
+        heads=heads, type=TYPES[keys.dtype], cosines=address(cosines), sines=address(sines),
+        key_map=address(key_map), query_map=address(query_map), map_count=0 if key_map is None else len(key_map),
         key_clip=clips[0], value_clip=clips[1],
     )  # fmt: skip
-    _launch("planish_append_kv", task, keys.device)
+    launch(kv_library(), "planish_append_kv", task, keys.device)
     return out if heads else None
 
 
@@ -190,7 +189,7 @@ def attention_workspace(cache: PackedCache, batch: int, tokens: int, heads: int)
         NativeBuildError: if the kernels are not compiled.
     """
     device = cache.codes[0].device
-    news = TokenCounts(batch=batch, tokens=tokens, past=_address(cache.codes[0]))
+    news = TokenCounts(batch=batch, tokens=tokens, past=address(cache.codes[0]))
     task = AttendTask(cache=cache.arrays(), news=news, heads=heads, score_scale=1.0)
     _plan(task, device)
     return torch.zeros(task.workspace_bytes, dtype=torch.uint8, device=device)
@@ -226,21 +225,21 @@ def attend_kv(
     stride = _vectors("queries", queries, heads, cache.head_dim, queries)
     out = _output(out, queries, cache.head_dim)
     task = AttendTask(
-        cache=cache.arrays(), news=_counts(past, counts, queries), queries=_address(queries), stride=stride,
-        y=_address(out), heads=heads, type=_TYPES[queries.dtype], score_scale=scale or cache.head_dim**-0.5,
+        cache=cache.arrays(), news=_counts(past, counts, queries), queries=address(queries), stride=stride,
+        y=address(out), heads=heads, type=TYPES[queries.dtype], score_scale=scale or cache.head_dim**-0.5,
     )  # fmt: skip
     _plan(task, queries.device)
     if workspace is None:
         workspace = attention_workspace(cache, batch, tokens, heads)
     _check("workspace", workspace, torch.uint8, (max(len(workspace), task.workspace_bytes),))
-    task.workspace = _address(workspace)
-    _launch("planish_attend_kv", task, queries.device)
+    task.workspace = address(workspace)
+    launch(kv_library(), "planish_attend_kv", task, queries.device)
     return out
 
 
 def _vectors(name: str, x: torch.Tensor, heads: int, head_dim: int, like: torch.Tensor) -> int:
     """Check vectors of heads, and return how many elements lie from token to token."""
-    if x.dtype not in _TYPES or x.dtype != like.dtype:
+    if x.dtype not in TYPES or x.dtype != like.dtype:
         raise ValueError(f"{name} are {x.dtype}, and must be float32, float16 or bfloat16, like all beside them")
     batch, tokens = like.shape[:2]
     if x.shape != (batch, tokens, heads, head_dim):
@@ -266,7 +265,7 @@ def _counts(past: torch.Tensor, counts: torch.Tensor | None, like: torch.Tensor)
     _check("past", past, torch.int32, (batch,))
     if counts is not None:
         _check("counts", counts, torch.int32, (batch,))
-    return TokenCounts(batch=batch, tokens=tokens, past=_address(past), counts=_address(counts))
+    return TokenCounts(batch=batch, tokens=tokens, past=address(past), counts=address(counts))
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -282,20 +281,6 @@ def _on_device(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} are on {tensor.device}; kernels take tensors on {_DEVICE}")
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _plan(task: AttendTask, device: torch.device) -> None:
-    with _on(device):
+    with on_device_of(device):
         call(kv_library(), "planish_plan_attend", ctypes.byref(task))
-
-
-def _launch(name: str, task: ctypes.Structure, device: torch.device) -> None:
-    with _on(device):
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-        call(kv_library(), name, ctypes.byref(task), stream)

@@ -5,7 +5,6 @@ Work goes to the current stream of the tensors' GPU. Nothing is allocated but wh
 compiles is loaded on the first call; arguments are checked before it, and refused in words.
 """
 
-import contextlib
 import ctypes
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from planish.plugins.kernel_library import (
     call,
     kernel_library,
 )
+from planish.plugins.on_tensors import TYPES, address, launch, on_device_of
 
 __all__ = [
     "DeviceWeight",
@@ -39,7 +39,6 @@ __all__ = [
 
 #: Where tensors must be.
 _DEVICE = "cuda"
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ALIGNMENT = 16
 
 
@@ -148,7 +147,7 @@ def best_order(tokens: int, bits: int, device: torch.device | str = _DEVICE) -> 
         NativeBuildError: if the kernels are not compiled.
     """
     order = ctypes.c_int32()
-    with _on(torch.device(device)):
+    with on_device_of(torch.device(device)):
         call(kernel_library(), "planish_best_order", tokens, bits, ctypes.byref(order))
     return Order(order.value)
 
@@ -187,7 +186,7 @@ def quantize_tokens(
         KernelError: if the launch failed.
         NativeBuildError: if the kernels are not compiled.
     """
-    _check("x", x, tuple(_TYPES), ("tokens", "channels"))
+    _check("x", x, tuple(TYPES), ("tokens", "channels"))
     tokens, channels = x.shape
     if sum(segment.channels for segment in segments) != channels or len(segments) not in (1, 2):
         raise ValueError(
@@ -211,15 +210,15 @@ def quantize_tokens(
                "permutation": permutation, "out.codes": out.codes}  # fmt: skip
     _same_device(tensors)
     task = QuantizeTask(
-        x=_address(x), residual=_address(residual), sum=_address(sum_out), gain=_address(gain), epsilon=epsilon,
-        right=_address(right), left=_address(left),
-        right_count=0 if right is None else m if right.dim() == 3 else 1, m=m, k=k, permutation=_address(permutation),
+        x=address(x), residual=address(residual), sum=address(sum_out), gain=address(gain), epsilon=epsilon,
+        right=address(right), left=address(left),
+        right_count=0 if right is None else m if right.dim() == 3 else 1, m=m, k=k, permutation=address(permutation),
         segments=(CodeSegment * 2)(*(CodeSegment(s.channels, s.padded, s.bits, s.clip) for s in segments)),
-        segment_count=len(segments), type=_TYPES[x.dtype], order=order, channels=channels, tokens=tokens,
-        codes=_address(out.codes), stride=out.codes.shape[1], scales=_address(out.scales),
-        zero_sums=_address(out.zero_sums),
+        segment_count=len(segments), type=TYPES[x.dtype], order=order, channels=channels, tokens=tokens,
+        codes=address(out.codes), stride=out.codes.shape[1], scales=address(out.scales),
+        zero_sums=address(out.zero_sums),
     )  # fmt: skip
-    _launch("planish_quantize_tokens", task, x.device)
+    launch(kernel_library(), "planish_quantize_tokens", task, x.device)
     return out
 
 
@@ -264,12 +263,12 @@ def linear(
         tensors |= {f"{weight.bits}-bit weights": weight.words, f"their scales ({weight.bits} bits)": weight.scales}
     _same_device(tensors)
     task = LinearTask(
-        low=_segment(low), high=_segment(high), low_bits=low.bits, type=_TYPES[dtype], order=tokens.order, gated=gated,
-        rows=low.rows, tokens=count, codes=_address(tokens.codes), stride=tokens.codes.shape[1],
-        token_scales=_address(tokens.scales), token_zero_sums=_address(tokens.zero_sums), y=_address(out),
+        low=_segment(low), high=_segment(high), low_bits=low.bits, type=TYPES[dtype], order=tokens.order, gated=gated,
+        rows=low.rows, tokens=count, codes=address(tokens.codes), stride=tokens.codes.shape[1],
+        token_scales=address(tokens.scales), token_zero_sums=address(tokens.zero_sums), y=address(out),
     )  # fmt: skip
     small = count <= SMALL_TOKENS and tokens.order is Order.LANES
-    _launch("planish_small_linear" if small else "planish_large_linear", task, out.device)
+    launch(kernel_library(), "planish_small_linear" if small else "planish_large_linear", task, out.device)
     return out
 
 
@@ -291,10 +290,10 @@ def weight_only_linear(
     out = _output(out, len(x), weight.rows, gated, dtype, x.device)
     _same_device({"x": x, "weights": weight.words, "their scales": weight.scales, "out": out})
     task = WeightOnlyTask(
-        words=_address(weight.words), scales=_address(weight.scales), bits=weight.bits, type=_TYPES[dtype], gated=gated,
-        channels=weight.channels, rows=weight.rows, tokens=len(x), x=_address(x), stride=x.shape[1], y=_address(out),
+        words=address(weight.words), scales=address(weight.scales), bits=weight.bits, type=TYPES[dtype], gated=gated,
+        channels=weight.channels, rows=weight.rows, tokens=len(x), x=address(x), stride=x.shape[1], y=address(out),
     )  # fmt: skip
-    _launch("planish_weight_only_linear", task, x.device)
+    launch(kernel_library(), "planish_weight_only_linear", task, x.device)
     return out
 
 
@@ -315,7 +314,7 @@ def _factors(channels: int, right: torch.Tensor | None, left: torch.Tensor | Non
 def _output(
     out: torch.Tensor | None, tokens: int, rows: int, gated: bool, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    if dtype not in _TYPES:
+    if dtype not in TYPES:
         raise ValueError(f"a result of {dtype} has no kernel; float32, float16 and bfloat16 have")
     if gated and rows % 16:
         raise ValueError(f"{rows} rows of gate and up: they come in sixteens")
@@ -360,18 +359,4 @@ def _same_device(tensors: Mapping[str, torch.Tensor | None]) -> None:
 def _segment(weight: DeviceWeight | None) -> WeightSegment:
     if weight is None:
         return WeightSegment()
-    return WeightSegment(_address(weight.words), _address(weight.scales), _address(weight.row_sums), weight.channels)
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _launch(name: str, task: ctypes.Structure, device: torch.device) -> None:
-    with _on(device):
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-        call(kernel_library(), name, ctypes.byref(task), stream)
+    return WeightSegment(address(weight.words), address(weight.scales), address(weight.row_sums), weight.channels)

@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="scoring text")
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0, help="of what is taken of the calibration text")
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--rows", help="names of rows, separated by semicolons; all by default")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once, sharing the processors")
@@ -140,7 +141,7 @@ def main() -> None:
     arguments = parser.parse_args()
     checkpoint = open_checkpoint(arguments.model)
     tokens = calibration_tokens(
-        arguments.dataset, checkpoint, nsamples=arguments.nsamples, seqlen=arguments.seqlen, seed=0
+        arguments.dataset, checkpoint, nsamples=arguments.nsamples, seqlen=arguments.seqlen, seed=arguments.seed
     )
     windows = windows_of(checkpoint, arguments.text, arguments.seqlen, arguments.windows)
     setting = _Setting(arguments.model, arguments.scheme, tokens, windows)

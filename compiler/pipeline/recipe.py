@@ -124,8 +124,10 @@ class Recipe(BaseModel):
         try:
             return cls(**({} if file is None else file.settings) | given)
         except ValidationError as error:
-            problems = [_describe(problem, file, given) for problem in error.errors()]
-            raise RecipeError("; ".join(problems)) from error
+            # A list without a wrong entry counts as too short besides, which only its entry is to blame for.
+            inner = {problem["loc"][:1] for problem in error.errors() if len(problem["loc"]) > 1}
+            problems = [each for each in error.errors() if len(each["loc"]) > 1 or each["loc"] not in inner]
+            raise RecipeError("; ".join(_describe(problem, file, given) for problem in problems)) from error
 
     def parsed_scheme(self) -> Scheme:
         """Return the scheme.

@@ -1,6 +1,7 @@
 """The command line: a thin layer over the Python API, one command per file."""
 
 import sys
+from io import TextIOWrapper
 
 from planish.compiler.cli.app import app
 from planish.compiler.cli.bench import run_bench
@@ -32,8 +33,12 @@ app.add_typer(study_app, name="study", short_help="Measure what a choice of the 
 
 def main() -> None:
     """Run the command line; the exit code is that of the error, or 0."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A terminal that cannot show what a model writes shows a question mark.
+            stream.reconfigure(errors="replace")
     try:
         app()
-    except PlanishError as error:
+    except (PlanishError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(error.exit_code if isinstance(error, PlanishError) else PlanishError.exit_code)

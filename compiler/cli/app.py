@@ -64,7 +64,8 @@ class Output:
     def result(self, content: dict[str, Any]) -> None:
         """Print `content` as one line of JSON, if that was asked for."""
         if self._as_json:
-            print(json.dumps(content, ensure_ascii=False))
+            # In ASCII it can be written in every encoding, whatever a model or a path holds.
+            print(json.dumps(content))
 
 
 def _print_version(wanted: bool) -> None:

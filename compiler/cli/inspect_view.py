@@ -166,7 +166,8 @@ def _sites(facts: Mapping[str, Any]) -> Table:
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
-        table.add_column(name, overflow="fold")
+        # However narrow the terminal, what a row is about stays in one piece.
+        table.add_column(name, overflow="fold", no_wrap=not table.columns)
     return table
 
 

@@ -1,12 +1,18 @@
 """What goes wrong at a command line is said in one message that names the remedy, and nothing is ignored in silence."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.pipeline.recipe import Recipe
 from tests.command import Run
 from tests.tiny import write_tiny
 
@@ -108,3 +114,78 @@ def test_a_study_of_one_layer(run: Run, text: Path, tmp_path: Path) -> None:
     assert studied.code == 0, studied.err
     assert re.search("ffn of heavy tails .* cannot be tested: there is one layer", studied.err)
     json.dumps(studied.json, allow_nan=False)
+
+
+def test_json_is_ascii_and_text_is_written_in_any_encoding(bundle: Bundle) -> None:
+    command = [sys.executable, "-c", "from planish.compiler.cli import main; main()", "generate", str(bundle.path), "é"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for flags in ([], ["--json"]):
+        done = subprocess.run(
+            [*command, "--max-new-tokens", "8", *flags], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["text"] == "".join(bundle.generate("é", max_new_tokens=8))
+
+
+def test_a_prompt_that_is_not_utf8(run: Run, bundle: Bundle) -> None:
+    refused = run("generate", bundle.path, os.fsdecode(b"caf\xe9"))
+    assert (refused.code, "is not in UTF-8" in refused.err) == (20, True), refused.err
+
+
+def test_a_full_disk_behind_stdout(bundle: Bundle) -> None:
+    command = [sys.executable, "-c", "from planish.compiler.cli import main; main()", "inspect", str(bundle.path)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{{", "cannot be read as JSON"), ('{"eos_token_id": "x"}', "is 'x'")]
+)
+def test_a_bad_generation_config_is_found_before_the_work(
+    run: Run, tiny: Path, tmp_path: Path, content: str, message: str
+) -> None:
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "generation_config.json").write_text(content)
+    refused = run("compile", model, "--scheme", "w4a4", "--select", "none", "-o", tmp_path / "out")
+    assert (refused.code, message in refused.err) == (10, True), refused.err
+
+
+def test_weights_that_overflow(run: Run, tiny: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 3] = 1e30
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    refused = run("compile", model, "--scheme", "w4a8", "--select", "none", "-o", tmp_path / "out")
+    assert (refused.code, "What layer 0 puts out is too large" in refused.err) == (10, True), refused.err
+
+
+def test_high_impact_channels_of_a_folder_without_any(run: Run, tiny: Path, tmp_path: Path) -> None:
+    refused = run("compile", tiny, "--scheme", "w3a3", "--high-impact", tiny, "-o", tmp_path / "out")
+    assert (refused.code, f"{tiny} holds no plan.safetensors" in refused.err) == (26, True), refused.err
+
+
+def test_a_share_of_too_few_channels(run: Run, tiny: Path, tmp_path: Path) -> None:
+    refused = run("compile", tiny, "--scheme", "w3a3", "--hic-ratio", 0.5, "-o", tmp_path / "out")
+    assert (refused.code, "The 64 channels at attn_in are too few" in refused.err) == (25, True), refused.err
+
+
+def test_recipes_whose_mistakes_are_of_yaml(run: Run, tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: {tiny}\n\tscheme: w4a4\n")
+    refused = run("compile", "--recipe", path, "-o", tmp_path / "out")
+    assert (refused.code, len(refused.err.splitlines())) == (19, 1), refused.err
+    path.write_text(f"model: {tiny}\nscheme: w4a4\ntargets: ort\n")
+    refused = run("compile", "--recipe", path, "-o", tmp_path / "out")
+    assert (refused.code, "'targets' is 'ort': Input should be a list, such as [ort]" in refused.err) == (19, True)
+
+
+def test_a_target_named_twice_is_one(tiny: Path) -> None:
+    assert Recipe(model=str(tiny), scheme="w4a4", targets=("ort", "rtx", "ort")).targets == ("ort", "rtx")
+
+
+def test_sites_stay_whole_in_a_narrow_terminal(run: Run, flattened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = run("inspect", flattened.path).out.splitlines()
+    assert {"attn_in", "attn_out", "ffn_in", "ffn_out", "key", "value"} <= {line.partition(" ")[0] for line in lines}

@@ -100,7 +100,7 @@ class Bundle:
         if target not in self.manifest.targets:
             raise NotPlanishModelError(
                 f"{self.path} was compiled for {', '.join(self.manifest.targets) or 'no target'}, not for {target}. "
-                f"Compile it with --target {target}."
+                f"Add it: planish build {self.path} --target {target}"
             )
         return engine_folder(self.path, target) / MODEL_FILE
 

@@ -137,10 +137,10 @@ def _windows(ids: npt.NDArray[np.int64], before: list[int], settings: Calibratio
     length = seqlen - len(before)
     fit = len(ids) // length
     if nsamples > fit:
-        remedy = f"Ask for at most {fit}, or for shorter ones" if fit else "Ask for shorter ones"
+        remedy = f"Ask for at most {fit} (--nsamples), or for shorter ones" if fit else "Ask for shorter ones"
         raise CalibrationError(
             f"The calibration text {settings.dataset} has {len(ids)} tokens: {fit} sequences of {seqlen} fit, "
-            f"{nsamples} were asked for. {remedy}, or give more text."
+            f"{nsamples} were asked for. {remedy} (--seqlen), or give more text."
         )
     chosen = np.random.default_rng(settings.seed).choice(fit, nsamples, replace=False)
     windows = ids[: fit * length].reshape(fit, length)[chosen]

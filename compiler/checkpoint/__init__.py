@@ -3,12 +3,15 @@
 import re
 from pathlib import Path
 
+from planish.compiler.bundle.layout import MANIFEST_FILE
 from planish.compiler.checkpoint.base import Checkpoint
 from planish.compiler.checkpoint.folder import FolderCheckpoint
 from planish.compiler.checkpoint.tensors import expected_tensors
 from planish.compiler.errors import CheckpointError
 
 __all__ = ["Checkpoint", "expected_tensors", "open_checkpoint"]
+
+_SOURCES = "a checkpoint folder, a .gguf file, a Hub id (org/name), or 'smollm2'"
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -24,7 +27,13 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         UnsupportedModelError: if the model is something planish does not compile.
         MissingExtraError: if reading it needs an optional package.
     """
+    if not str(source):
+        raise CheckpointError(f"The model is an empty name. Give {_SOURCES}.")
     path = Path(source)
+    if (path / MANIFEST_FILE).is_file():
+        raise CheckpointError(
+            f"{path} is a bundle, which holds no checkpoint any more. Give the checkpoint that it was compiled from."
+        )
     if path.is_dir():
         return FolderCheckpoint(path)
     if path.suffix == ".gguf":
@@ -41,6 +50,4 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         from planish.compiler.checkpoint.hub import open_hub
 
         return open_hub(source)
-    raise CheckpointError(
-        f"{source} does not exist. Give a checkpoint folder, a .gguf file, a Hub id (org/name), or 'smollm2'."
-    )
+    raise CheckpointError(f"{source} does not exist. Give {_SOURCES}.")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.checkpoint.files import copy_file, read_json
-from planish.compiler.errors import TokenizerError
+from planish.compiler.errors import CheckpointError, TokenizerError
 from planish.compiler.optional import require
 
 __all__ = ["PATTERNS", "check_tokenizer_files", "copy_sidecars", "end_tokens", "sidecar_files"]
@@ -59,8 +59,10 @@ def copy_sidecars(source: Path, target: Path) -> None:
     Raises:
         TokenizerError: if there is no tokenizer, or it cannot be read.
         MissingExtraError: if converting needs transformers and it is not installed.
+        CheckpointError: if generation_config.json cannot be read.
     """
     check_tokenizer_files(source)
+    _generation_end_tokens(source)
     target.mkdir(parents=True, exist_ok=True)
     for path in sidecar_files(source):
         copy_file(path, target / path.name)
@@ -70,11 +72,27 @@ def copy_sidecars(source: Path, target: Path) -> None:
 
 def end_tokens(folder: Path, config: LlamaConfig) -> tuple[int, ...]:
     """Return the tokens that end a text: those of generation_config.json in `folder`, else those of config.json."""
+    generation = _generation_end_tokens(folder)
+    return config.eos_token_ids if generation is None else generation
+
+
+def _generation_end_tokens(folder: Path) -> tuple[int, ...] | None:
+    """Return the end tokens of generation_config.json; None where it names none.
+
+    Raises:
+        CheckpointError: if it cannot be read, or names what is no token.
+    """
     path = folder / "generation_config.json"
     eos = read_json(path).get("eos_token_id") if path.is_file() else None
     if eos is None:
-        return config.eos_token_ids
-    return tuple(eos) if isinstance(eos, list) else (eos,)
+        return None
+    tokens = eos if isinstance(eos, list) else [eos]
+    if not all(type(token) is int for token in tokens):
+        raise CheckpointError(
+            f"'eos_token_id' in {path} is {eos!r}, and should be the number of a token, or a list of numbers. "
+            "Correct it, or download it again."
+        )
+    return tuple(tokens)
 
 
 def _convert_tokenizer(source: Path, target: Path) -> None:

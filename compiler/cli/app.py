@@ -17,6 +17,8 @@ app = typer.Typer(
     help="Compile LLaMA checkpoints to low-bit ONNX models and TensorRT engines, and run them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    # As markup, the defaults in brackets, such as [auto], would be styles, and vanish.
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -62,7 +64,8 @@ class Output:
     def result(self, content: dict[str, Any]) -> None:
         """Print `content` as one line of JSON, if that was asked for."""
         if self._as_json:
-            print(json.dumps(content, ensure_ascii=False))
+            # In ASCII it can be written in every encoding, whatever a model or a path holds.
+            print(json.dumps(content))
 
 
 def _print_version(wanted: bool) -> None:
@@ -77,7 +80,9 @@ def _print_version(wanted: bool) -> None:
 def configure(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Same as --log-level info.")] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Set up logging."""
     levels = logging.getLevelNamesMapping()

@@ -22,7 +22,7 @@ class Against(StrEnum):
 def run_bench(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
     against: Annotated[Against, typer.Option(help="float: the float32 export of the same checkpoint.")] = Against.FLOAT,
-    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 512,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Length of the prompt. [512, or what fits]")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often both are measured; medians count.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")] = 2,
     json: JsonFlag = False,
@@ -42,7 +42,9 @@ def run_bench(
         )
     content = found.to_dict()
     low, other = found.bundle, found.against
-    out.line(f"{tokens} tokens, {threads} threads, medians of {repeats} repeats in turn; bundle and {against.value}")
+    out.line(
+        f"{found.tokens} tokens, {threads} threads, medians of {repeats} repeats in turn; bundle and {against.value}"
+    )
     for name, ours, theirs, ratio in (
         ("prefill tokens/s", low.prefill, other.prefill, content["prefill_speedup"]),
         ("decode tokens/s", low.decode, other.decode, content["decode_speedup"]),

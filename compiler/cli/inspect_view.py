@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from planish.compiler.cli.app import Output
-from planish.compiler.report.words import short, size
+from planish.compiler.report.words import ratio, short, size
 from planish.passes.transforms import SITES
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def show_bundle(facts: Mapping[str, Any], engines: Mapping[str, str], out: Outpu
                 f"{facts['average_bits']:.3f} linears, {facts['lm_head_bits']:.3f} lm_head; scales counted"
             ),
             "KV cache": (
-                f"{facts['kv_bytes_per_token']} bytes per token, {facts['kv_saving']:.2f} x smaller than float16{cache}"
+                f"{facts['kv_bytes_per_token']} bytes per token, {ratio(facts['kv_saving'])} than float16{cache}"
             ),
             "context": f"{facts['max_context']} tokens",
             "targets": ", ".join(facts["targets"]) or "none: the portable model alone",
@@ -166,7 +166,8 @@ def _sites(facts: Mapping[str, Any]) -> Table:
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
-        table.add_column(name, overflow="fold")
+        # However narrow the terminal, what a row is about stays in one piece.
+        table.add_column(name, overflow="fold", no_wrap=not table.columns)
     return table
 
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["study_app"]
 
-study_app = typer.Typer(help="Measure what a choice of the compiler is worth on a model.", no_args_is_help=True)
+study_app = typer.Typer(
+    help="Measure what a choice of the compiler is worth on a model.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @study_app.callback()

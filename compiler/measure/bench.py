@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from planish.compiler.bundle.bundle import Bundle
-from planish.compiler.errors import PlanishError
+from planish.compiler.errors import ComparisonError, PlanishError, TextError
 
 __all__ = ["Benchmark", "Side", "bench", "measure_sides"]
 
 #: Told after each repeat: (repeats done, repeats in all) -> None
 Progress = Callable[[int, int], None]
+
+#: Of a prompt, where the model's context holds them.
+_TOKENS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,7 @@ def bench(
     bundle: Bundle,
     *,
     threads: int = 2,
-    tokens: int = 512,
+    tokens: int | None = None,
     decode_tokens: int = 32,
     repeats: int = 5,
     progress: Progress | None = None,
@@ -80,14 +83,23 @@ def bench(
     Args:
         bundle: the bundle.
         threads: threads of ONNX Runtime.
-        tokens: length of the prompt, and so of the context of the first new token.
+        tokens: length of the prompt, and so of the context of the first new token; None is 512, or what fits.
         decode_tokens: how many new tokens are timed.
         repeats: how often both sides are measured.
         progress: is told after each repeat.
 
     Raises:
+        ComparisonError: if the bundle is a float export.
+        TextError: if prompt and new tokens are more than the model's context.
         PlanishError: if the checkpoint is no longer where the recipe says, or a side cannot be measured.
     """
+    context, longest = bundle.manifest.max_context, bundle.manifest.max_context - decode_tokens
+    tokens = min(_TOKENS, longest) if tokens is None else tokens
+    if not 0 < tokens <= longest:
+        raise TextError(
+            f"A prompt of {tokens} tokens and {decode_tokens} new ones do not fit into the model's context of "
+            f"{context}. Ask for a prompt of 1 to {longest} tokens (--tokens)."
+        )
     with tempfile.TemporaryDirectory(prefix="planish-bench-") as scratch:
         models = {"bundle": bundle.model_path(), "float": _export(bundle, Path(scratch))}
         sides = measure_sides(
@@ -136,6 +148,10 @@ def _export(bundle: Bundle, folder: Path) -> Path:
     from planish.compiler.export.float_model import float_model, save_model
     from planish.compiler.pipeline.recipe import Recipe
 
+    if not (bundle.path / RECIPE_FILE).is_file():
+        raise ComparisonError(
+            f"{bundle.path} has no {RECIPE_FILE}: it is a float export itself. Give a bundle that was compiled."
+        )
     recipe = Recipe.read(bundle.path / RECIPE_FILE)
     return save_model(float_model(open_first_layers(recipe.model, recipe.num_layers)), folder)
 

@@ -122,9 +122,10 @@ def cut_windows(tokenizer: Tokenizer, text: Text, seqlen: int, windows: int | No
     ids = np.asarray(tokenizer.encode(text.content)[: text.tokens], np.int64)
     fit = len(ids) // seqlen
     if (windows or 1) > fit:
+        remedy = f"Ask for at most {fit} (--windows)" if fit else "Ask for shorter ones (--seqlen)"
         raise TextError(
             f"{text.name} has {len(ids)} tokens: {fit} windows of {seqlen} fit, {windows or 1} were asked for. "
-            f"Ask for at most {fit} windows, or give more text."
+            f"{remedy}, or give more text."
         )
     wanted = fit if windows is None else windows
     return ids[: wanted * seqlen].reshape(wanted, seqlen)
@@ -145,7 +146,7 @@ def read_text(path: Path) -> str:
             _text_field(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()
         )
     if not content.strip():
-        raise TextError(f"{path} holds no text.")
+        raise TextError(f"{path} holds no text. Give another file.")
     return content
 
 

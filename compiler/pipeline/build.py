@@ -10,7 +10,7 @@ from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.bundle.layout import MODEL_FILE, RECIPE_FILE, REPORT_FOLDER, engine_folder
 from planish.compiler.errors import OutputFolderError, RecipeError
 from planish.compiler.pipeline.recipe import Recipe
-from planish.compiler.pipeline.targets import check_targets, lower
+from planish.compiler.pipeline.targets import check_context, check_engine_settings, check_targets, lower
 from planish.compiler.pipeline.work_folder import clear_errors
 from planish.compiler.progress import Progress, Silent
 from planish.compiler.report.run_record import RunRecord
@@ -47,8 +47,9 @@ def build_target(
         The bundle with the target.
 
     Raises:
-        PlanishError: one of its subclasses: RecipeError for a target that does not exist, MissingExtraError,
-            EngineBuildError, BundleCorruptError, OutputFolderError if the bundle cannot be written.
+        PlanishError: one of its subclasses: RecipeError for a target that does not exist or settings that do not suit
+            it, MissingExtraError, EngineBuildError, BundleCorruptError, or OutputFolderError if the bundle cannot be
+            written.
 
     Example:
         >>> build_target(path, "ort").manifest.targets
@@ -70,9 +71,13 @@ def build_target(
         sms=None if sms is None else tuple(sms),
     )
     check_targets(recipe)
+    check_engine_settings(
+        recipe.targets, max_context=max_context, max_batch_size=max_batch_size, max_input_len=max_input_len, sms=sms
+    )
+    longest = min(opened.config.max_context, opened.manifest.max_context)
+    check_context(max_context, longest)
     folder = engine_folder(path, target)
     with clear_errors(path), _scratch(folder) as made:
-        longest = min(opened.config.max_context, opened.manifest.max_context)
         lower(target, path / MODEL_FILE, made, recipe, longest, progress or Silent())
         # What planish.json lists is always there and whole: it forgets the target first and learns it last.
         others = tuple(each for each in before if each != target)

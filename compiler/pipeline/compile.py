@@ -24,7 +24,7 @@ from planish.compiler.pipeline.high_impact import HighChannels, high_channels, h
 from planish.compiler.pipeline.plan import make_plan
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.pipeline.stages import StageClock
-from planish.compiler.pipeline.targets import check_targets, lower
+from planish.compiler.pipeline.targets import check_context, check_engine_settings, check_targets, lower
 from planish.compiler.pipeline.work_folder import WorkFolder, check_output, check_space, clear_errors, code_fingerprint
 from planish.compiler.progress import Progress, Silent
 from planish.compiler.quantize.codes import CodesOnDisk, quantize_checkpoint
@@ -157,6 +157,7 @@ def compile_model(
         max_input_len=max_input_len,
         sms=None if sms is None else tuple(sms),
     )
+    check_engine_settings(settings.targets, max_batch_size=max_batch_size, max_input_len=max_input_len, sms=sms)
     return compile_recipe(settings, Path(out), progress or Silent())
 
 
@@ -171,6 +172,7 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
     check_output(out)
     checkpoint = open_first_layers(recipe.model, recipe.num_layers)
     checkpoint.check_tokenizer()
+    check_context(recipe.max_context, checkpoint.config.max_context)
     calibration = recipe.calibration(checkpoint.config.max_context)
     settings: dict[str, Any] = {
         "recipe": recipe.decisive_settings(),
@@ -329,7 +331,7 @@ class _Compile:
         return lambda done, total: self.progress.step(stage, done, total)
 
     def _max_context(self) -> int:
-        return min(self.recipe.max_context or self.checkpoint.config.max_context, self.checkpoint.config.max_context)
+        return self.recipe.max_context or self.checkpoint.config.max_context
 
     def _repeatable_recipe(self) -> Recipe:
         """Return the recipe with paths that hold from any folder."""

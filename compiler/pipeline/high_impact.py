@@ -128,7 +128,7 @@ def read_high_impact(recipe: Recipe, checkpoint: Checkpoint, scheme: Scheme) -> 
     found: HighImpacts = {}
     if recipe.high_impact is not None:
         source = Path(recipe.high_impact) / MATRICES_FILE
-        stored = load_transforms(source.parent, checkpoint.config).layers
+        stored = _stored(source.parent, checkpoint)
         found = {layer: dict(each.high) for layer, each in enumerate(stored)}
     elif recipe.plan is not None:
         source = Path(recipe.plan)
@@ -145,13 +145,22 @@ def read_high_impact(recipe: Recipe, checkpoint: Checkpoint, scheme: Scheme) -> 
     return {layer: sites for layer, sites in found.items() if sites}
 
 
+def _stored(folder: Path, checkpoint: Checkpoint) -> tuple[LayerTransforms, ...]:
+    if not (folder / MATRICES_FILE).is_file():
+        raise PlanError(
+            f"{folder} holds no {MATRICES_FILE}, which says which channels have a high impact. Give a folder that has "
+            "one, or take 'high' out of the plan."
+        )
+    return load_transforms(folder, checkpoint.config).layers
+
+
 def _of_plan(path: Path, checkpoint: Checkpoint) -> HighImpacts:
     choices = read_choices(path, checkpoint.config, checkpoint.fingerprint())
     chosen = [(each.layer, each.site, each.high) for each in choices if each.high is not None]
     found: HighImpacts = {}
     if not chosen:
         return found
-    stored = load_transforms(path.parent, checkpoint.config).layers
+    stored = _stored(path.parent, checkpoint)
     for layer, site, choice in chosen:
         place = f"{path}: layer {layer}, site {site}"
         kept = stored[layer].high.get(site)

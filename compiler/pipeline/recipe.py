@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from planish.compiler.calibrate.settings import SELF, CalibrationSettings
 from planish.compiler.checkpoint.files import write_text
@@ -97,7 +97,9 @@ class Recipe(BaseModel):
     """What learns and calibrates: `cpu`, `cuda`, or `cuda:N`."""
     verify_passes: bool = True
     """Run the float graph after every pass that flattens, and stop where the logits move."""
-    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("ort",)
+    targets: Annotated[
+        tuple[Target, ...], Field(min_length=1), AfterValidator(lambda each: tuple(dict.fromkeys(each)))
+    ] = ("ort",)
     """What to lower to; `ort` is integer products in ONNX Runtime, `rtx` and `tensorrt` are engines."""
     num_layers: PositiveInt | None = None
     """Keep only this many of the first decoder blocks; None keeps all."""
@@ -124,8 +126,10 @@ class Recipe(BaseModel):
         try:
             return cls(**({} if file is None else file.settings) | given)
         except ValidationError as error:
-            problems = [_describe(problem, file, given) for problem in error.errors()]
-            raise RecipeError("; ".join(problems)) from error
+            # A list without a wrong entry counts as too short besides, which only its entry is to blame for.
+            inner = {problem["loc"][:1] for problem in error.errors() if len(problem["loc"]) > 1}
+            problems = [each for each in error.errors() if len(each["loc"]) > 1 or each["loc"] not in inner]
+            raise RecipeError("; ".join(_describe(problem, file, given) for problem in problems)) from error
 
     def parsed_scheme(self) -> Scheme:
         """Return the scheme.
@@ -263,4 +267,9 @@ def _describe(problem: Any, file: RecipeFile | None, given: Mapping[str, Any]) -
         return f"{where}unknown setting '{key}'; the settings are {', '.join(fields)}"
     if problem["type"] == "missing":
         return f"{where}'{key}' is missing; every compile needs a model and a scheme"
-    return f"{where}'{key}' is {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+    return f"{where}'{key}' is {problem['input']!r}: {_words(problem)}"
+
+
+def _words(problem: Any) -> str:
+    # What YAML calls a list is a tuple in a recipe, which does not change.
+    return str(problem["msg"]).removeprefix("Value error, ").replace("a valid tuple", "a list, such as [ort]")

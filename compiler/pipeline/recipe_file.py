@@ -30,7 +30,8 @@ class RecipeFile:
             text = path.read_text(encoding="utf-8")
             node, settings = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(f"The recipe {path} cannot be read: {error}") from error
+            # YAML's problems have several lines.
+            raise RecipeError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(settings, dict) or not isinstance(node, yaml.MappingNode):
             raise RecipeError(f"The recipe {path} is not a mapping of settings, such as 'scheme: w4a4k4v4'.")
         self._node = node

@@ -1,16 +1,19 @@
 """Which targets there are, what each needs, and the call that builds each."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from planish.compiler.errors import RecipeError
 from planish.compiler.optional import require
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.progress import Progress
 
-__all__ = ["check_targets", "lower"]
+__all__ = ["check_context", "check_engine_settings", "check_targets", "lower"]
 
+_ENGINES = {"rtx", "tensorrt"}
 #: Slots of an engine's cache unless asked for otherwise: they are allocated whether they are used or not.
 _ENGINE_CONTEXT = 2048
 
@@ -25,6 +28,37 @@ def check_targets(recipe: Recipe) -> None:
         require("tensorrt_rtx")
     if "tensorrt" in recipe.targets:
         require("tensorrt")
+
+
+def check_engine_settings(targets: Sequence[str], **given: Any) -> None:
+    """Check that settings of engines are given only where an engine is built, rather than left without effect.
+
+    Args:
+        targets: of the run.
+        given: by name as in `Recipe`; None is not given.
+
+    Raises:
+        RecipeError: naming the first that is given without an engine.
+    """
+    for name, value in given.items():
+        if value is not None and not set(targets) & _ENGINES:
+            raise RecipeError(
+                f"'{name}' is a setting of engines, and the target {', '.join(targets)} is none. Leave it out, or "
+                "give the target rtx or tensorrt."
+            )
+
+
+def check_context(max_context: int | None, longest: int) -> None:
+    """Check that the context that was asked for is not beyond the `longest`, both in tokens.
+
+    Raises:
+        RecipeError: if it is.
+    """
+    if max_context is not None and max_context > longest:
+        raise RecipeError(
+            f"A context of {max_context} tokens is beyond the model's {longest}. Ask for {longest} tokens or fewer "
+            "(--max-context), or leave it out."
+        )
 
 
 def lower(target: str, portable: Path, folder: Path, recipe: Recipe, longest: int, progress: Progress) -> None:

@@ -46,13 +46,16 @@ class WorkFolder:
         """Make the folder, or take up the one that a run with equal `settings` left, and keep others from it meanwhile.
 
         Raises:
-            OutputFolderError: if it cannot be made, or is in use, or holds what planish did not write.
+            OutputFolderError: if it cannot be made, or is in use, or holds what planish did not write, or if there is
+                something at `out`.
         """
         work = cls(out)
         with contextlib.ExitStack() as stack:
             with _as_output_error(work.path):
                 work.path.mkdir(parents=True, exist_ok=True)
                 _lock(stack.enter_context((work.path / _LOCK).open("w")), out)
+                # What held the lock until now may have finished since the caller looked.
+                check_output(out)
                 work._state = work._resume(settings, progress)
                 work.bundle.mkdir(exist_ok=True)
             yield work

@@ -1,6 +1,6 @@
 """Numbers as people read them."""
 
-__all__ = ["short", "size"]
+__all__ = ["ratio", "short", "size"]
 
 
 def size(count: float) -> str:
@@ -24,3 +24,13 @@ def short(value: float) -> str:
         ('1,534', '0.0123')
     """
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
+def ratio(saving: float) -> str:
+    """Return how many times smaller something is, which below 1 is larger.
+
+    Example:
+        >>> ratio(1.875), ratio(0.5)
+        ('1.88 x smaller', '2.00 x larger')
+    """
+    return f"{saving:.2f} x smaller" if saving >= 1 else f"{1 / saving:.2f} x larger"

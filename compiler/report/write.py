@@ -11,7 +11,7 @@ from planish.compiler.checkpoint.files import write_json, write_text
 from planish.compiler.report.facts import gather
 from planish.compiler.report.plots import draw_plots
 from planish.compiler.report.run_record import RunRecord
-from planish.compiler.report.words import size
+from planish.compiler.report.words import ratio, size
 from planish.passes.transforms import SITES
 
 __all__ = ["render", "write_report"]
@@ -35,7 +35,7 @@ def render(facts: dict[str, Any]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("planish.compiler.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": _number, "size": size, "spelled": _spelled}
+    environment.filters |= {"number": _number, "ratio": ratio, "size": size, "spelled": _spelled}
     layers: dict[int, dict[str, Any]] = {}
     for each in facts["sites"]:
         layers.setdefault(each["layer"], {})[each["site"]] = each

@@ -73,7 +73,10 @@ def generate(
 
     Raises:
         TextError: if the prompt is empty or fills the whole context.
+        ValueError: if `chunk` is less than 1.
     """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be 1 or more, not {chunk}")
     if not prompt:
         raise TextError("The prompt has no tokens. Give it some text.")
     if len(prompt) >= max_context:

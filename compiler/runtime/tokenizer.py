@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as _Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from planish.compiler.errors import TokenizerError
+from planish.compiler.errors import TextError, TokenizerError
 
 __all__ = ["TextStream", "Tokenizer"]
 
@@ -38,7 +38,15 @@ class Tokenizer:
         self._folder = folder
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the tokens of `text`; with `special`, those the tokenizer adds by itself (such as BOS) too."""
+        """Return the tokens of `text`; with `special`, those the tokenizer adds by itself (such as BOS) too.
+
+        Raises:
+            TextError: if the text holds what was no UTF-8 where it came from.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TextError("The text is not in UTF-8. Convert it.") from error
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -90,7 +90,8 @@ def resolve_overrides(overrides: Mapping[str, SiteOverride], layers: int) -> lis
 
     Raises:
         SelectionError: if an expression cannot be read, names no site, names some of the linears that share an input
-            and not the others, gives a form that the site does not take, or says of a site what another contradicts.
+            and not the others, gives a form that the site does not take or bits where no linear reads, or says of a
+            site what another contradicts.
     """
     resolved: list[dict[Site, SiteOverride]] = [{} for _ in range(layers)]
     named: dict[tuple[int, Site], str] = {}
@@ -101,6 +102,11 @@ def resolve_overrides(overrides: Mapping[str, SiteOverride], layers: int) -> lis
                 f"The override '{expression}' names no site of the {layers} layers. Names look like "
                 "model.layers.0.ffn_out or model.layers.0.mlp.down_proj, and are matched as a whole: write .* for what "
                 "may be anything."
+            )
+        if not any(site in SITE_MODULES for _, site in sites) and (override.bits or override.activation_bits):
+            raise SelectionError(
+                f"The override '{expression}' names keys and values alone, which no weights read: their bits are the "
+                "scheme's, as in w4a4k3v3. Leave its bits out."
             )
         for layer, site in sites:
             other = named.setdefault((layer, site), expression)

@@ -114,6 +114,11 @@ def counts_of_share(shapes: Shapes, split: ChannelSplit, share: float) -> Counts
         n = split.channels(shape)
         counts[name] = round(share * n / split.step) * split.step
         if not 0 < counts[name] <= split.most(n):
+            if n <= split.step:
+                raise SelectionError(
+                    f"The {n} channels at {name} are too few for high ones among them, which are taken {split.step} at "
+                    "a time. Leave out --hic-ratio."
+                )
             raise SelectionError(
                 f"A share of {share:g} of the {n} channels at {name} cannot be high: they are taken {split.step} at a "
                 f"time, from {split.step} to {split.most(n)}. Give a share of {split.step / n:.3f} to "

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import kendalltau
 
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import SelectionError
@@ -17,7 +16,7 @@ from planish.compiler.select.forms import SITE_GROUPS, form_of, forms_of_groups
 from planish.compiler.select.kurtosis import GROUPS, KINDS, Group, KurtosisRule, robust_z
 from planish.compiler.select.measure_forms import FormErrors
 from planish.compiler.select.policy import DEFAULT_BUDGET, SelectionPolicy, linear_flops
-from planish.compiler.select.thresholds import Calibration, calibrate_threshold
+from planish.compiler.select.thresholds import Calibration, calibrate_threshold, kendall_tau
 from planish.passes.transforms import Kind
 
 __all__ = ["GroupStudy", "PolicyStudy", "SelectionStudy", "study_selection"]
@@ -174,7 +173,7 @@ def _group(
         np.asarray(kurtosis, np.float64).tolist(),
         (rotation - affine).tolist(),
         calibrate_threshold(group, robust_z(kurtosis), affine, rotation),
-        float(kendalltau(predicted, rotation - affine).statistic),
+        kendall_tau(predicted, rotation - affine)[0],
     )
 
 
@@ -188,6 +187,8 @@ def _verdict(group: Group, found: GroupStudy) -> str:
     high = KINDS[group][0]
     rule = f"The rule that {group} of heavy tails asks for {high} transforms"
     tau = found.calibration.tau
+    if len(found.kurtosis) < 2:
+        return f"{rule} cannot be tested: there is one layer."
     if math.isnan(tau):
         return f"{rule} cannot be tested: kurtosis, or what affine transforms gain, is the same in all layers."
     p_value = found.calibration.p_value

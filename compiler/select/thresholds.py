@@ -13,7 +13,7 @@ from scipy.stats import kendalltau
 
 from planish.compiler.select.kurtosis import KINDS, Group
 
-__all__ = ["Calibration", "calibrate_threshold"]
+__all__ = ["Calibration", "calibrate_threshold", "kendall_tau"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,7 @@ def calibrate_threshold(
     errors = np.array([np.where(s > threshold, above, below).sum() for threshold in thresholds])
     best = int(errors.argmin())
     high = int((s > thresholds[best]).sum())
-    correlation = kendalltau(s, rotation - affine)
-    tau = float(correlation.statistic)
+    tau, p_value = kendall_tau(s, rotation - affine)
     return Calibration(
         group=group,
         threshold=float(thresholds[best]),
@@ -92,6 +91,14 @@ def calibrate_threshold(
         all_affine=float(affine.sum()),
         all_rotation=float(rotation.sum()),
         tau=tau,
-        p_value=float(correlation.pvalue),
+        p_value=p_value,
         agrees=bool(sign * tau > 0),
     )
+
+
+def kendall_tau(one: npt.ArrayLike, other: npt.ArrayLike) -> tuple[float, float]:
+    """Return Kendall's tau-b of two series and its p-value, both NaN where one is constant or there is one layer."""
+    if np.size(one) < 2:
+        return math.nan, math.nan
+    found = kendalltau(one, other)
+    return float(found.statistic), float(found.pvalue)

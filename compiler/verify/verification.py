@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from planish.compiler.checkpoint import Checkpoint
-from planish.compiler.errors import AccuracyError
+from planish.compiler.errors import AccuracyError, CheckpointError
 from planish.compiler.quantize.arithmetic import channels_of
 from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.runtime.session import Session
@@ -85,6 +85,7 @@ def verify(
 
     Raises:
         AccuracyError: naming the site or layer that drifts first.
+        CheckpointError: if what a layer puts out has no finite norm in float32, so that nothing can be compared.
     """
     run = _Run(model, checkpoint.config.num_hidden_layers, np.asarray([token_ids]))
     follow = _Following(run, scheme)
@@ -94,6 +95,7 @@ def verify(
         batch, x, layer_error = oracle.batch(ids), oracle.embed(ids), 0.0
         for i in range(checkpoint.config.num_hidden_layers):
             x = oracle.layer(i, x, batch)
+            _check_magnitude(i, x.numpy())
             error = _relative(run.outputs[f"model.layers.{i}"], x.numpy())
             layer_error = max(layer_error, error)
             if not error <= _LAYER_TOLERANCE:
@@ -218,6 +220,16 @@ class _Following:
             )
         self.roundings += codes.numel()
         self.followed += int((codes != theirs).sum())
+
+
+def _check_magnitude(layer: int, x: Array) -> None:
+    with np.errstate(over="ignore"):
+        norms = np.linalg.norm(x, axis=-1)
+    if not np.isfinite(norms).all():
+        raise CheckpointError(
+            f"What layer {layer} puts out is too large for float32, or not finite. The checkpoint is damaged or its "
+            "training diverged: download it again or take an earlier one."
+        )
 
 
 def _relative(value: Array, reference: Array) -> float:

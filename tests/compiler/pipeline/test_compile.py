@@ -137,6 +137,15 @@ def test_two_compiles_do_not_share_an_output(tiny: Path, tmp_path: Path) -> None
         compile_model(tiny, out, scheme=SCHEME, select="none")
 
 
+def test_output_that_came_meanwhile(tmp_path: Path) -> None:
+    (tmp_path / "out" / "bundle of another compile").mkdir(parents=True)
+    with (
+        pytest.raises(OutputFolderError, match="is not empty"),
+        WorkFolder.hold(tmp_path / "out", {}, Silent()),
+    ):
+        raise AssertionError("hours of work began for nothing")
+
+
 def test_too_little_disk_is_found_before_work_begins(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

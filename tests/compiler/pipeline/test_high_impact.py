@@ -155,7 +155,7 @@ def test_impossible_ones_are_refused_before_work_begins(wide: Path, tmp_path: Pa
         PlanError, r"layer 0, site attn_in: .*4 bits are no gain where weights have 4 \(w4a4k16v16\)", scheme="w4a4"
     )
     refused(PlanError, "no gain where weights stay in floating point", scheme="w16a16k4v4")
-    refused(PlanError, r"plan\.safetensors is missing", high_impact=tmp_path)
+    refused(PlanError, r"holds no plan\.safetensors", high_impact=tmp_path)
 
 
 def test_a_plan_whose_order_is_missing(wide: Path, text: Path, tmp_path: Path) -> None:

@@ -78,3 +78,9 @@ def test_draws_follow_temperature_and_top_p() -> None:
 def test_impossible_sampling_is_refused(temperature: float, top_p: float) -> None:
     with pytest.raises(ValueError, match="must be"):
         Sampling(temperature, top_p)
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_chunks_of_nothing(float_bundle: Bundle, chunk: int) -> None:
+    with pytest.raises(ValueError, match="chunk must be 1 or more"):
+        greedy(float_bundle, chunk=chunk)

@@ -1,6 +1,7 @@
 """A session gives the same logits however the tokens are cut, and refuses models that are not planish's."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -104,3 +105,25 @@ def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_text("not a protobuf")
     with pytest.raises(NotPlanishModelError, match="cannot load"):
         Session(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        ([], {}, "with a token at least"),
+        ([[]], {}, "with a token at least"),
+        ([5, 6], {}, "must be .batch, sequence."),
+        ([[5, -100]], {}, "tokens count from 0"),
+        ([[5, 6]], {"mask": [[1]]}, "mask has the shape"),
+        ([[5, 6]], {"logits_to_keep": -1}, "logits_to_keep must be"),
+    ],
+)
+def test_tokens_that_cannot_be_run(session: Session, ids: list[Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        session.run(ids, **options)
+
+
+def test_a_cache_of_other_sequences(session: Session) -> None:
+    _, cache = session.run(TOKENS[:, :4])
+    with pytest.raises(ValueError, match="the cache is of 1 sequences, and input_ids has 2"):
+        session.run([[5], [6]], cache)

@@ -39,6 +39,7 @@ def test_kinds_stand_for_forms() -> None:
         ({"(": ROTATION}, "no regular expression"),
         ({r".*\.q_proj": ROTATION}, "and not self_attn.k_proj, which reads the same input"),
         ({r".*\.key": BLOCKS}, "key takes identity, rotation, dense, hadamard, and not blocks64"),
+        ({r".*\.(key|value)": SiteOverride(bits=4)}, "names keys and values alone"),
         ({r".*\.ffn_.*": ROTATION, r".*\.ffn_out": BLOCKS}, "both name ffn_out of layer 0, and contradict"),
     ],
 )

@@ -81,12 +81,7 @@ class _Converter:
         modified = False
         for i, value in enumerate(self._graph.outputs):
             producer = value.producer()
-            if (
-                value.type != _HALF
-                or producer is None
-                or producer.op_type in _WRITES
-                or producer.domain == DOMAIN
-            ):
+            if value.type != _HALF or producer is None or producer.op_type in _WRITES or producer.domain == DOMAIN:
                 continue
             name, value.name = value.name, f"{value.name}.float16"
             cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{name}.cast")

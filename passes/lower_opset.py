@@ -37,8 +37,8 @@ class LowerOpsetPass(ir.passes.InPlacePass):
         problems = [f"{node.name} ({node.op_type})" for node in model.graph if not self._has(node)]
         if problems:
             raise GraphError(
-                f"{len(problems)} node(s) have no form in opset {self._opset}: {', '.join(problems)}. Build for a newer "
-                "TensorRT."
+                f"{len(problems)} node(s) have no form in opset {self._opset}: {', '.join(problems)}. Build for a "
+                "newer TensorRT."
             )
         imports[""] = self._opset
         model.ir_version = min(model.ir_version, _IR_VERSIONS[self._opset])

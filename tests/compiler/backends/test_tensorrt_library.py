@@ -94,9 +94,9 @@ def test_a_library_that_says_something_else(says: str, tmp_path: Path) -> None:
         ),
         (
             {"plugins": {**SAYS["plugins"], LINEAR.name: "0"}},
-            r"of another version: this planish wants PlanishLinear 1 \(it has 0\)\. Compile it again",
+            r"of another version: this planish wants PlanishLinear 2 \(it has 0\)\. Compile it again",
         ),
-        ({"plugins": {}}, r"PlanishLinear 1 \(it has none\), PlanishKvAppend 1 \(it has none\)"),
+        ({"plugins": {}}, r"PlanishLinear 2 \(it has none\), PlanishKvAppend 1 \(it has none\)"),
         ({"sms": [80, 86]}, r"has kernels for SM 80, 86, and the GPU here is an SM 90\. Unset PLANISH_PLUGINS"),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_build_with_plugins(as_path: bool, portable: Path, jobs: list[Job], tm
     assert "weights of 8 bits have no kernel" in said["1 node(s): lm_head.product"]
     assert "low-bit KV cache" not in said
     assert plugin_nodes(folder / "model.onnx") == {
-        ("PlanishQuantizeTokens", "1"): 8, ("PlanishLinear", "1"): 8,
+        ("PlanishQuantizeTokens", "2"): 8, ("PlanishLinear", "2"): 8,
         ("PlanishKvAppend", "1"): 2, ("PlanishKvAttend", "1"): 2,
     }  # fmt: skip
     onnx.checker.check_model(str(folder / "model.onnx"))

@@ -90,9 +90,9 @@ def gated_result(surgery: Surgery, y: Any) -> Any | None:
     if first != second:
         return None
     gate, up = split.outputs
-    sigmoid = next((node for node in gate.outputs if node.op == "Sigmoid"), None)
-    silu = None if sigmoid is None else _only_reader(sigmoid.outputs[0], "Mul")
-    if silu is None or {id(node) for node in gate.outputs} != {id(sigmoid), id(silu)}:
+    sigmoids = [node for node in gate.outputs if node.op == "Sigmoid"]
+    silu = _only_reader(sigmoids[0].outputs[0], "Mul") if len(sigmoids) == 1 else None
+    if silu is None or {id(node) for node in gate.outputs} != {id(sigmoids[0]), id(silu)}:
         return None
     product = _only_reader(silu.outputs[0], "Mul")
     if product is None or _only_reader(up, "Mul") is not product:

@@ -18,6 +18,7 @@ from planish.compiler.backends.tensorrt import build, build_engines, check, chec
 from planish.compiler.backends.tensorrt.device import Device
 from planish.compiler.backends.tensorrt.engine_json import EngineRecord
 from planish.compiler.backends.tensorrt.job import Built, Job
+from planish.compiler.backends.tensorrt.plugin_choice import PluginChoice
 from planish.compiler.backends.tensorrt.plugin_library import PluginLibrary, check_library, read_library
 from planish.compiler.backends.tensorrt.plugin_registry import load_plugins, look_up, plugin_nodes
 from planish.compiler.backends.tensorrt.timings import keep_timings, timing_cache
@@ -174,8 +175,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 
     def run_job(job: Job, progress: Any) -> Built:
         jobs.append(job)
-        assert job.plugins is not None
-        assert Path(job.plugins).is_file()
+        assert job.plugins is None or Path(job.plugins).is_file()
         Path(job.engine).write_bytes(b"engine")
         return Built(version=VERSION, sms=(90,), inputs={}, outputs={}, seconds=1.0)
 
@@ -211,6 +211,24 @@ def test_a_build_with_plugins(as_path: bool, portable: Path, jobs: list[Job], tm
     }  # fmt: skip
     onnx.checker.check_model(str(folder / "model.onnx"))
     assert check_engine(folder, "tensorrt") == made.record
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "require"])
+def test_the_user_says_whether_there_are_plugins(
+    choice: PluginChoice, portable: Path, jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_it(name: str) -> EngineRecord:
+        return build_engines(portable, tmp_path / name, flavour="tensorrt", plugins=choice).record
+
+    named = build_it("named")
+    assert (named.plugins_asked, named.plugins is None, jobs[0].plugins is None) == (choice, *[choice == "none"] * 2)
+    monkeypatch.delenv("PLANISH_PLUGINS")
+    if choice == "require":
+        with pytest.raises(EngineMismatchError, match="Plugins are required, and PLANISH_PLUGINS names no plugin"):
+            build_it("not named")
+        assert not (tmp_path / "not named").exists()
+    else:
+        assert build_it("not named").plugins is None
 
 
 def test_an_engine_whose_library_is_another(portable: Path, jobs: list[Job], tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def gated_result(surgery: Surgery, y: Any) -> Any | None:
     if silu is None or {id(node) for node in gate.outputs} != {id(sigmoids[0]), id(silu)}:
         return None
     product = _only_reader(silu.outputs[0], "Mul")
-    if product is None or _only_reader(up, "Mul") is not product:
+    if _only_reader(up, "Mul") is not product or product is None:
         return None
     return product.outputs[0]
 

@@ -124,6 +124,25 @@ def test_every_version_gets_what_its_parser_takes(version: Version, left: set[st
     onnx.checker.check_model(str(save_model(lowered, tmp_path / "lowered")), full_check=True)
 
 
+@pytest.mark.trt
+def test_a_newer_parser_takes_a_model_for_an_older_one(tmp_path: Path) -> None:
+    import tensorrt_rtx as trt
+
+    path = save_model(lower_to_tensorrt(tiny(tmp_path, "w3a3k3v3"), CONTEXT, JETSON), tmp_path / "lowered")
+    network = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_network(
+        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    )
+    assert trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR)).parse_from_file(str(path))
+    kinds = [network.get_layer(i).type for i in range(network.num_layers)]
+    assert (kinds.count(trt.LayerType.SCATTER), kinds.count(trt.LayerType.SOFTMAX)) == (4, 2)
+    # Every width that a product has is known before it runs.
+    outputs = {network.get_output(i).name: tuple(network.get_output(i).shape) for i in range(network.num_outputs)}
+    assert outputs["logits"] == (-1, -1, 272)
+    products = [network.get_layer(i) for i in range(network.num_layers)]
+    widths = {layer.get_output(0).shape[-1] for layer in products if layer.type == trt.LayerType.MATRIX_MULTIPLY}
+    assert -1 not in widths
+
+
 def test_a_version_is_read_with_or_without_its_build() -> None:
     assert read_version("10.3.0.30") == read_version("10.3") == JETSON
 

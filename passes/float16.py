@@ -14,8 +14,11 @@ _HALF_INPUTS = {
     "Attention": (0, 1, 2),
     "DequantizeLinear": (1,),
     "MatMul": (0, 1),
+    "ScatterND": (0, 2),
     "TensorScatter": (0, 1),
 }
+#: Ops that write the cache.
+_WRITES = {"ScatterND", "TensorScatter"}
 #: Ops that only move elements: they keep the type of their first input.
 _MOVES = {"Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 
@@ -32,7 +35,7 @@ class Float16RangeError(PlanishError):
 
 
 class Float16Pass(ir.passes.InPlacePass):
-    """Inserts ``Cast`` around MatMul, DequantizeLinear, Attention and TensorScatter, so that they run in float16.
+    """Inserts ``Cast`` around matrix products, DequantizeLinear and writes to the cache: they run in float16.
 
     Norms, rotation, quantisers and the residual stream stay in float32: they are element-wise work that is fused, and
     the massive activations of a few tokens stay exact and far from float16's largest number. Float weights and
@@ -78,12 +81,7 @@ class _Converter:
         modified = False
         for i, value in enumerate(self._graph.outputs):
             producer = value.producer()
-            if (
-                value.type != _HALF
-                or producer is None
-                or producer.op_type == "TensorScatter"
-                or producer.domain == DOMAIN
-            ):
+            if value.type != _HALF or producer is None or producer.op_type in _WRITES or producer.domain == DOMAIN:
                 continue
             name, value.name = value.name, f"{value.name}.float16"
             cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{name}.cast")

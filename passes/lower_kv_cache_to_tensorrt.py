@@ -133,6 +133,8 @@ def _lower(graph: ir.Graph, node: ir.Node, slots: _Slots, context: int) -> None:
         written.type, written.shape = cache_type, ir.Shape(cache_shape)
         caches.append(written)
     query = _heads_first(build, node.inputs[0], heads, sides[0].head_dim, f"{name}.query")
+    query.type = ir.TensorType(ir.DataType.FLOAT)
+    query.shape = ir.Shape(["batch", heads, "sequence", sides[0].head_dim])
     y = build.op("Attention", [query, *caches, slots.mask], f"{name}.attention")
     y = build.op("Transpose", [y], f"{name}.by_token", perm=[0, 2, 1, 3])
     y = build.op("Reshape", [y, build.ints([0, 0, heads * sides[0].head_dim], f"{name}.merged")], f"{name}.attended")

@@ -15,8 +15,9 @@ from planish.plugins.ops import DOMAIN
 from planish.plugins.packing import pack, unpack
 from planish.plugins.tensorrt.contract import Contract
 from planish.plugins.tensorrt.plugins import KV_APPEND, KV_ATTEND, LINEAR, PLUGINS, QUANTIZE_TOKENS
+from tests.plugin_host import Host
 
-__all__ = ["PluginModel"]
+__all__ = ["PluginModel", "hosted_plugins"]
 
 Array = npt.NDArray[Any]
 
@@ -33,12 +34,29 @@ class _Plugin(OpRun):
         assert values.keys() == {each.name for each in self.contract.attributes}
         expected = self.contract.outputs_of(values, [(str(array.dtype), array.shape) for array in arrays])
         names = [tensor.name for tensor in self.contract.given_inputs(values)]
-        outputs = self.compute(**dict(zip(names, arrays, strict=True)))
+        outputs = self.outputs_of(values, dict(zip(names, arrays, strict=True)))
         assert [(str(each.dtype), each.shape) for each in outputs] == expected
         return outputs
 
+    def outputs_of(self, values: dict[str, Any], inputs: dict[str, Array]) -> tuple[Array, ...]:
+        return self.compute(**inputs)
+
     def compute(self, **inputs: Array) -> tuple[Array, ...]:
         raise NotImplementedError
+
+
+def hosted_plugins(host: Host) -> list[type[OpRun]]:
+    """Return plugins that the library of `host` computes, its kernels emulated, and not numpy."""
+
+    def outputs_of(self: _Plugin, values: dict[str, Any], inputs: dict[str, Array]) -> tuple[Array, ...]:
+        plugin = host.create(self.contract, values)
+        assert plugin is not None, host.said()
+        made = plugin.run([np.ascontiguousarray(each) for each in inputs.values()], aliased=False)
+        plugin.delete()
+        assert made is not None, host.said()
+        return tuple(made)
+
+    return [type(contract.name, (_Plugin,), {"contract": contract, "outputs_of": outputs_of}) for contract in PLUGINS]
 
 
 def _stored_places(count: int) -> npt.NDArray[np.int64]:
@@ -51,9 +69,19 @@ class PlanishQuantizeTokens(_Plugin):
     contract = QUANTIZE_TOKENS
 
     def compute(
-        self, x: Array, right: Array | None = None, left: Array | None = None, permutation: Array | None = None
+        self,
+        x: Array,
+        residual: Array | None = None,
+        gain: Array | None = None,
+        right: Array | None = None,
+        left: Array | None = None,
+        permutation: Array | None = None,
     ) -> tuple[Array, ...]:
-        grid = x.astype(np.float32).reshape(*x.shape[:-1], self.m, self.k)
+        total = x if residual is None else x + residual
+        normal = total.astype(np.float32)
+        if gain is not None:
+            normal = normal / np.sqrt((normal**2).mean(-1, keepdims=True) + np.float32(self.epsilon)) * gain
+        grid = normal.reshape(*x.shape[:-1], self.m, self.k)
         if right is not None:
             grid = np.einsum("...ij,ijk->...ik", grid, np.broadcast_to(right, (self.m, self.k, self.k)))
         if left is not None:
@@ -74,7 +102,8 @@ class PlanishQuantizeTokens(_Plugin):
             sums.append(np.stack([np.full(x.shape[:-1], zero), codes.sum(-1, dtype=np.int64)], -1))
             first += channels
         words = np.ascontiguousarray(np.concatenate(parts, -1)).view(np.int32)
-        return words, np.concatenate(scales, -1).astype(np.float32), np.stack(sums, -2).astype(np.int32)
+        made = words, np.concatenate(scales, -1).astype(np.float32), np.stack(sums, -2).astype(np.int32)
+        return made if residual is None else (*made, total)
 
 
 class PlanishLinear(_Plugin):
@@ -93,6 +122,9 @@ class PlanishLinear(_Plugin):
             products = tokens @ (weight.astype(np.int64) - (1 << bits - 1)).T
             y += products.astype(np.float32) * weights[f"{prefix}weight_scales"] * scales[..., i : i + 1]
             first += channels
+        if self.gated:
+            gate, up = np.moveaxis(y.reshape(*y.shape[:-1], -1, 2, 8), -2, 0)
+            y = (gate / (1 + np.exp(-gate)) * up).reshape(*y.shape[:-1], -1)
         return (y,)
 
 
@@ -156,14 +188,15 @@ class PluginModel:
     Args:
         path: the model.
         batch: sequences.
+        plugins: what computes them; None is numpy.
     """
 
-    def __init__(self, path: Path, batch: int) -> None:
+    def __init__(self, path: Path, batch: int, plugins: list[type[OpRun]] | None = None) -> None:
         graph = ir.load(path).graph
         inputs = {str(value.name): value for value in graph.inputs}
         ops = [PlanishQuantizeTokens, PlanishLinear, PlanishKvAppend, PlanishKvAttend]
         assert [op.contract for op in ops] == list(PLUGINS)
-        self._evaluator = ReferenceEvaluator(onnx.load(path), new_ops=ops)
+        self._evaluator = ReferenceEvaluator(onnx.load(path), new_ops=plugins or ops)
         self._outputs = [str(value.name) for value in graph.outputs]
         self.lengths = np.zeros(batch, np.int32)
         # What the empty cache holds must not matter.

@@ -19,6 +19,13 @@ def run_build(
     max_batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences that an engine takes at once.")] = None,
     max_input_len: Annotated[int | None, typer.Option(min=1, help="Prompt tokens an engine takes at once.")] = None,
     sm: Annotated[list[int] | None, typer.Option(help="GPU generation of an engine, such as 89; repeatable.")] = None,
+    plugins: Annotated[
+        str | None, typer.Option(help="Plugins in engines of TensorRT: auto, none or require. [auto]")
+    ] = None,
+    tensorrt_version: Annotated[
+        str | None,
+        typer.Option(help="Lower for the TensorRT of another machine, such as 10.3, and build no engine here."),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Lower a compiled bundle to a further target, or build its engine anew for another GPU or other limits."""
@@ -34,6 +41,8 @@ def run_build(
             max_batch_size=max_batch_size,
             max_input_len=max_input_len,
             sms=sm or None,
+            plugins=plugins,
+            tensorrt_version=tensorrt_version,
             progress=progress,
         )
     seconds = round(time.perf_counter() - started, 1)

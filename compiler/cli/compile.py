@@ -75,6 +75,13 @@ def run_compile(
     max_batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences that an engine takes at once.")] = None,
     max_input_len: Annotated[int | None, typer.Option(min=1, help="Prompt tokens an engine takes at once.")] = None,
     sm: Annotated[list[int] | None, typer.Option(help="GPU generation of an engine, such as 89; repeatable.")] = None,
+    plugins: Annotated[
+        str | None, typer.Option(help="Plugins in engines of TensorRT: auto, none or require. [auto]")
+    ] = None,
+    tensorrt_version: Annotated[
+        str | None,
+        typer.Option(help="Lower for the TensorRT of another machine, such as 10.3, and build no engine here."),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Compile a checkpoint to a bundle that runs.
@@ -116,6 +123,8 @@ def run_compile(
                 max_batch_size=max_batch_size,
                 max_input_len=max_input_len,
                 sms=sm or None,
+                plugins=plugins,
+                tensorrt_version=tensorrt_version,
                 recipe=recipe,
                 progress=progress,
             )

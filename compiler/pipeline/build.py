@@ -27,6 +27,8 @@ def build_target(
     max_batch_size: int | None = None,
     max_input_len: int | None = None,
     sms: Sequence[int] | None = None,
+    plugins: str | None = None,
+    tensorrt_version: str | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Lower the portable model of a bundle to a target, in place of what the bundle has for it, if anything.
@@ -41,6 +43,8 @@ def build_target(
         max_batch_size: see `Recipe`.
         max_input_len: see `Recipe`.
         sms: see `Recipe`.
+        plugins: see `Recipe`.
+        tensorrt_version: see `Recipe`; None is none, whatever the recipe of the bundle has.
         progress: is told how far the build is; None says nothing.
 
     Returns:
@@ -69,7 +73,10 @@ def build_target(
         max_batch_size=max_batch_size,
         max_input_len=max_input_len,
         sms=None if sms is None else tuple(sms),
+        plugins=plugins,
     )
+    # Another machine's TensorRT is no property of the bundle: unless one is named, the engine is built here.
+    recipe = Recipe.read(None, **{**dict(recipe), "tensorrt_version": tensorrt_version})
     check_targets(recipe)
     check_engine_settings(
         recipe.targets, max_context=max_context, max_batch_size=max_batch_size, max_input_len=max_input_len, sms=sms

@@ -81,6 +81,8 @@ def compile_model(
     max_batch_size: int | None = None,
     max_input_len: int | None = None,
     sms: Sequence[int] | None = None,
+    plugins: str | None = None,
+    tensorrt_version: str | None = None,
     recipe: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -118,6 +120,8 @@ def compile_model(
         max_batch_size: see `Recipe`.
         max_input_len: see `Recipe`.
         sms: see `Recipe`.
+        plugins: see `Recipe`.
+        tensorrt_version: see `Recipe`.
         progress: is told how far the run is; None says nothing.
 
     Raises:
@@ -156,6 +160,8 @@ def compile_model(
         max_batch_size=max_batch_size,
         max_input_len=max_input_len,
         sms=None if sms is None else tuple(sms),
+        plugins=plugins,
+        tensorrt_version=tensorrt_version,
     )
     check_engine_settings(settings.targets, max_batch_size=max_batch_size, max_input_len=max_input_len, sms=sms)
     return compile_recipe(settings, Path(out), progress or Silent())

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
+from planish.compiler.backends.tensorrt.plugin_choice import PluginChoice
 from planish.compiler.calibrate.settings import SELF, CalibrationSettings
 from planish.compiler.checkpoint.files import write_text
 from planish.compiler.errors import CalibrationError, RecipeError, SelectionError
@@ -113,6 +114,14 @@ class Recipe(BaseModel):
     """Prompt tokens that an engine takes at once; None is the default of `build_engines`."""
     sms: tuple[PositiveInt, ...] | None = None
     """GPU generations to build engines for, such as 89; None is the default of `build_engines`."""
+    plugins: PluginChoice = "auto"
+    """Whether the target `tensorrt` has planish's plugins: `auto`, where $PLANISH_PLUGINS names a library; `none`, or
+    `require`. Other targets take none.
+    """
+    tensorrt_version: Annotated[str, Field(pattern=r"^\d+\.\d+(\.\d+)*$")] | None = None
+    """The TensorRT of another machine, such as 10.3, to lower the target `tensorrt` for: no engine is built, and
+    TensorRT need not be installed. None builds an engine with the one that is.
+    """
 
     @classmethod
     def read(cls, path: Path | None = None, **given: Any) -> "Recipe":

@@ -26,7 +26,7 @@ def check_targets(recipe: Recipe) -> None:
     """
     if "rtx" in recipe.targets:
         require("tensorrt_rtx")
-    if "tensorrt" in recipe.targets:
+    if "tensorrt" in recipe.targets and recipe.tensorrt_version is None:
         require("tensorrt")
 
 
@@ -83,11 +83,13 @@ def lower(target: str, portable: Path, folder: Path, recipe: Recipe, longest: in
         return
     from planish.compiler.backends.tensorrt import build_engines
 
-    limits: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "max_context": min(recipe.max_context or _ENGINE_CONTEXT, longest),
         "max_batch": recipe.max_batch_size,
         "max_prompt": recipe.max_input_len,
         "sms": recipe.sms,
+        "plugins": recipe.plugins,
+        "tensorrt_version": recipe.tensorrt_version,
     }
-    given = {name: limit for name, limit in limits.items() if limit is not None}
+    given = {name: value for name, value in settings.items() if value is not None}
     build_engines(portable, folder, flavour=target, progress=progress, **given)

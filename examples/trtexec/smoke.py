@@ -1,8 +1,9 @@
 """Run an engine's model through trtexec once: does this TensorRT load the plugins, build the model and run a step?
 
-    python smoke.py out/smollm2/engines/tensorrt [--run]
+    python smoke.py out/smollm2/engines/tensorrt [--run] [--save] [--plugins LIBRARY]
 
-prints the command of trtexec, and with --run runs it. Needs nothing but Python.
+prints the command of trtexec, and with --run runs it; with --save trtexec writes model.engine beside the model. Needs
+nothing but Python 3.10.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 NEW_TOKENS = 4
+LIBRARY = "libplanish_plugins.so"
 _SIZES = {"int64": 8, "int32": 4, "float32": 4, "float16": 2}
 
 
@@ -20,16 +22,18 @@ def write_inputs(record: dict[str, Any], folder: Path) -> dict[str, Path]:
     """Write one prompt of `NEW_TOKENS` tokens behind an empty cache; trtexec's random numbers would be no lengths."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
+    first = {
+        "new_lengths": [NEW_TOKENS],
+        "num_logits_to_keep": [1],
+        "position_ids": range(NEW_TOKENS),
+        "attention_mask": [1] * NEW_TOKENS,
+    }
     for name, given in record["inputs"].items():
-        size = _SIZES[given["dtype"]]
-        numbers = {"new_lengths": [NEW_TOKENS], "num_logits_to_keep": [1], "position_ids": range(NEW_TOKENS)}.get(name)
-        if numbers is None:
-            count = 1
-            for length in shape_of(name, given):
-                count *= length
-            content = bytes(size * count)
-        else:
-            content = b"".join(number.to_bytes(size, "little") for number in numbers)
+        size, count = _SIZES[given["dtype"]], 1
+        for length in shape_of(name, given):
+            count *= length
+        content = b"".join(number.to_bytes(size, "little") for number in first.get(name, ()))
+        content += bytes(size * count - len(content))
         files[name] = folder / f"{name}.bin"
         files[name].write_bytes(content)
     return files
@@ -42,15 +46,24 @@ def shape_of(name: str, given: dict[str, Any]) -> list[int]:
     return [1, NEW_TOKENS] if name in ("input_ids", "position_ids") else list(given["min"])
 
 
-def command(engine: Path) -> list[str]:
-    """Return the command for the model in the folder of a planish engine with plugins.
+def command(engine: Path, library: Path | None = None, save: bool = False) -> list[str]:
+    """Return the command for the model in the folder of a planish engine.
+
+    Args:
+        engine: the folder.
+        library: of the plugins, if the model has some; None is the one that lies in the folder.
+        save: whether trtexec is to write the engine into the folder.
 
     Raises:
-        SystemExit: if the engine has no plugins.
+        SystemExit: if the model has plugins and there is no library.
     """
     record = json.loads((engine / "engine.json").read_text())
-    if record.get("plugins") is None:
-        raise SystemExit(f"{engine} has no plugins. Build it where PLANISH_PLUGINS names the plugin library.")
+    with_plugins = []
+    if record.get("plugins") is not None:
+        library = library or engine / LIBRARY
+        if not library.is_file():
+            raise SystemExit(f"The model has plugins, and {library} is missing. Compile it here, and give --plugins.")
+        with_plugins = [f"--dynamicPlugins={library}", "--preview=+aliasedPluginIO1003"]
     files = write_inputs(record, engine / "smoke")
 
     def shapes(end: str) -> str:
@@ -61,9 +74,9 @@ def command(engine: Path) -> list[str]:
     return [
         "trtexec",
         f"--onnx={engine / 'model.onnx'}",
-        f"--dynamicPlugins={engine / record['plugins']['library']['file']}",
         "--stronglyTyped",
-        "--preview=+aliasedPluginIO1003",
+        *with_plugins,
+        *([f"--saveEngine={engine / 'model.engine'}"] if save else []),
         *(f"--{end}Shapes={shapes(end)}" for end in ("min", "opt", "max")),
         f"--shapes={','.join(at_run)}",
         "--loadInputs=" + ",".join(f"{name}:{path}" for name, path in files.items()),
@@ -78,8 +91,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("engine", type=Path, help="engines/tensorrt of a bundle")
     parser.add_argument("--run", action="store_true", help="run trtexec, which must be on the path")
+    parser.add_argument("--save", action="store_true", help="let trtexec write model.engine beside the model")
+    parser.add_argument("--plugins", type=Path, help="the plugin library, if it lies elsewhere")
     given = parser.parse_args()
-    line = command(given.engine)
+    line = command(given.engine, given.plugins, given.save)
     print(" \\\n    ".join(line))
     if given.run:
         sys.exit(subprocess.run(line, check=False).returncode)

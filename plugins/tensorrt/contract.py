@@ -136,6 +136,11 @@ class Contract:
         values = self._values(attributes)
         return [tensor for tensor in self.inputs if _evaluate(tensor.given, values)]
 
+    def given_outputs(self, attributes: Mapping[str, float]) -> list[Tensor]:
+        """Return the outputs that a node of these attributes has: all, or all but some of the last."""
+        values = self._values(attributes)
+        return [tensor for tensor in self.outputs if _evaluate(tensor.given, values)]
+
     def outputs_of(
         self, attributes: Mapping[str, float], inputs: Sequence[tuple[str, Sequence[int]]]
     ) -> list[tuple[Dtype, tuple[int, ...]]]:
@@ -165,6 +170,7 @@ class Contract:
                     f"{self.name}: '{tensor.name}' has shape {_spell_shape(shape)}; it takes "
                     f"{_spell_shape([sizes.get(str(size), (size,)) for size in wanted])}"
                 )
+        # Those that may be left out are the last: the others keep their places.
         return [
             (
                 self._dtypes(tensor, values, types)[0],
@@ -174,7 +180,7 @@ class Contract:
                     for n in ((size,) if isinstance(size, int) else sizes[size])
                 ),
             )
-            for tensor in self.outputs
+            for tensor in self.given_outputs(attributes)
         ]
 
     def _values(self, attributes: Mapping[str, float]) -> dict[str, float]:

@@ -14,7 +14,7 @@ constexpr int kSms[] = {PLANISH_SMS};
 constexpr int kSms[] = {80, 86, 87, 89, 90, 100, 120};
 #endif
 
-// Transforms, permutes and quantises tokens: PlanishQuantizeActivation behind PlanishTransform.
+// Adds a residual to tokens, normalises, transforms, permutes and quantises them: PlanishQuantizeActivation behind Add, RMSNormalization and PlanishTransform.
 struct PlanishQuantizeTokens {
     int32_t layout;  // version of the layouts of weights, codes and cache
     int32_t bits;  // bits of the weights of all other channels
@@ -29,11 +29,14 @@ struct PlanishQuantizeTokens {
     int32_t right_count;  // right factors: 0 is none, 1, or m
     int32_t has_left;  // 1 if there is a left factor
     int32_t permuted;  // 1 if there is a permutation
+    int32_t added;  // 1 if there is a residual to add
+    int32_t normed;  // 1 if there is a norm
+    float epsilon;  // of the norm
 
     static constexpr const char* kName = "PlanishQuantizeTokens";
-    static constexpr const char* kVersion = "1";
-    enum Input { kX, kRight, kLeft, kPermutation, kInputs };
-    enum Output { kCodes, kScales, kZeroSums, kOutputs };
+    static constexpr const char* kVersion = "2";
+    enum Input { kX, kResidual, kGain, kRight, kLeft, kPermutation, kInputs };
+    enum Output { kCodes, kScales, kZeroSums, kSum, kOutputs };
 
     // The attributes, for reading and writing them by name.
     static const std::vector<Field>& fields() {
@@ -51,6 +54,9 @@ struct PlanishQuantizeTokens {
             {"right_count", Field::kInt, offsetof(PlanishQuantizeTokens, right_count), "right factors: 0 is none, 1, or m"},
             {"has_left", Field::kInt, offsetof(PlanishQuantizeTokens, has_left), "1 if there is a left factor"},
             {"permuted", Field::kInt, offsetof(PlanishQuantizeTokens, permuted), "1 if there is a permutation"},
+            {"added", Field::kInt, offsetof(PlanishQuantizeTokens, added), "1 if there is a residual to add"},
+            {"normed", Field::kInt, offsetof(PlanishQuantizeTokens, normed), "1 if there is a norm"},
+            {"epsilon", Field::kFloat, offsetof(PlanishQuantizeTokens, epsilon), "of the norm"},
         };
         return all;
     }
@@ -90,23 +96,29 @@ struct PlanishQuantizeTokens {
         if (!((right_count == 0 and has_left == 0) or width() <= widest_row(k))) {
             return words("PlanishQuantizeTokens: no block of threads is wide enough for {width} channels as rows of {k}", {{"width", spell(width())}, {"k", spell(k)}});
         }
+        if (!(epsilon >= 0 and epsilon < 1)) {
+            return words("PlanishQuantizeTokens: an epsilon of {epsilon}; it is 0 or more, and below 1", {{"epsilon", spell(epsilon)}});
+        }
         return {};
     }
 
     Signature signature() const {
         Signature made = {"PlanishQuantizeTokens", {}, {}};
         made.inputs.push_back({"x", 0, {Type::kFloat32, Type::kFloat16, Type::kBfloat16}, {named("..."), sized(width())}, -1, -1});
-        if (right_count > 0) made.inputs.push_back({"right", 1, {Type::kFloat32}, {sized(right_count), sized(k), sized(k)}, -1, -1});
-        if (has_left) made.inputs.push_back({"left", 2, {Type::kFloat32}, {sized(m), sized(m)}, -1, -1});
-        if (permuted) made.inputs.push_back({"permutation", 3, {Type::kInt32}, {sized(width())}, -1, -1});
+        if (added) made.inputs.push_back({"residual", 1, {Type::kFloat32, Type::kFloat16, Type::kBfloat16}, {named("..."), sized(width())}, 0, -1});
+        if (normed) made.inputs.push_back({"gain", 2, {Type::kFloat32}, {sized(width())}, -1, -1});
+        if (right_count > 0) made.inputs.push_back({"right", 3, {Type::kFloat32}, {sized(right_count), sized(k), sized(k)}, -1, -1});
+        if (has_left) made.inputs.push_back({"left", 4, {Type::kFloat32}, {sized(m), sized(m)}, -1, -1});
+        if (permuted) made.inputs.push_back({"permutation", 5, {Type::kInt32}, {sized(width())}, -1, -1});
         made.outputs.push_back({"codes", 0, {Type::kInt32}, {named("..."), sized(code_words())}, -1, -1});
         made.outputs.push_back({"scales", 1, {Type::kFloat32}, {named("..."), sized(segments())}, -1, -1});
         made.outputs.push_back({"zero_sums", 2, {Type::kInt32}, {named("..."), sized(segments()), sized(2)}, -1, -1});
+        if (added) made.outputs.push_back({"sum", 3, {Type::kFloat32, Type::kFloat16, Type::kBfloat16}, {named("..."), sized(width())}, 0, -1});
         return made;
     }
 };
 
-// Multiplies codes of tokens by low-bit weights: PlanishMatMul, of one segment or two.
+// Multiplies codes of tokens by low-bit weights: PlanishMatMul, of one segment or two; of gate and up, silu(gate) * up.
 struct PlanishLinear {
     int32_t layout;  // version of the layouts of weights, codes and cache
     int32_t bits;  // bits of the weights of all other channels
@@ -115,9 +127,10 @@ struct PlanishLinear {
     int32_t rows;  // output channels
     int32_t code_bits;  // the most bits of a token's code, which decide how codes lie
     int32_t type;  // of y: 0 is float32, 1 float16, 2 bfloat16
+    int32_t gated;  // 1 if rows are eight of gate, eight of up, and so on
 
     static constexpr const char* kName = "PlanishLinear";
-    static constexpr const char* kVersion = "1";
+    static constexpr const char* kVersion = "2";
     enum Input { kCodes, kScales, kZeroSums, kWords, kWeightScales, kRowSums, kHighWords, kHighWeightScales, kHighRowSums, kInputs };
     enum Output { kY, kOutputs };
 
@@ -131,6 +144,7 @@ struct PlanishLinear {
             {"rows", Field::kInt, offsetof(PlanishLinear, rows), "output channels"},
             {"code_bits", Field::kInt, offsetof(PlanishLinear, code_bits), "the most bits of a token's code, which decide how codes lie"},
             {"type", Field::kInt, offsetof(PlanishLinear, type), "of y: 0 is float32, 1 float16, 2 bfloat16"},
+            {"gated", Field::kInt, offsetof(PlanishLinear, gated), "1 if rows are eight of gate, eight of up, and so on"},
         };
         return all;
     }
@@ -139,6 +153,7 @@ struct PlanishLinear {
     int64_t row_tiles() const { return ceil_div(rows, 16); }
     int64_t tile_words() const { return ceil_div(padded_channels(channels, bits) * bits, 2); }
     int64_t high_tile_words() const { return high_channels * 2; }
+    int64_t results() const { return rows - gated * ceil_div(rows, 2); }
 
     // What is wrong with the attributes; empty if nothing is.
     std::string problem() const {
@@ -163,6 +178,12 @@ struct PlanishLinear {
         if (!(type >= 0 and type <= 2)) {
             return words("PlanishLinear: type {type}; 0 is float32, 1 float16, 2 bfloat16", {{"type", spell(type)}});
         }
+        if (!(gated == 0 or gated == 1)) {
+            return words("PlanishLinear: gated is {gated}; it is 0 or 1", {{"gated", spell(gated)}});
+        }
+        if (!(gated == 0 or rows % 16 == 0)) {
+            return words("PlanishLinear: {rows} rows of gate and up; they come in sixteens", {{"rows", spell(rows)}});
+        }
         return {};
     }
 
@@ -177,7 +198,7 @@ struct PlanishLinear {
         if (high_channels > 0) made.inputs.push_back({"high_words", 6, {Type::kInt32}, {sized(row_tiles()), sized(high_tile_words())}, -1, -1});
         if (high_channels > 0) made.inputs.push_back({"high_weight_scales", 7, {Type::kFloat32}, {sized(rows)}, -1, -1});
         if (high_channels > 0) made.inputs.push_back({"high_row_sums", 8, {Type::kInt32}, {sized(row_tiles() * 16)}, -1, -1});
-        made.outputs.push_back({"y", 0, {pick({Type::kFloat32, Type::kFloat16, Type::kBfloat16}, type)}, {named("..."), sized(rows)}, -1, -1});
+        made.outputs.push_back({"y", 0, {pick({Type::kFloat32, Type::kFloat16, Type::kBfloat16}, type)}, {named("..."), sized(results())}, -1, -1});
         return made;
     }
 };

@@ -20,6 +20,7 @@ int launch(const PlanishLinear& node, const Call& call) {
     task.low_bits = node.bits;
     task.type = node.type;
     task.rows = node.rows;
+    task.gated = node.gated;
     task.tokens = leading_size(call.shapes[0]);
     task.codes = static_cast<const uint8_t*>(call.inputs[Node::kCodes]);
     task.stride = 4 * node.code_words();

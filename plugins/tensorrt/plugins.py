@@ -49,8 +49,9 @@ _CODE_TENSORS = (
 
 QUANTIZE_TOKENS = Contract(
     name="PlanishQuantizeTokens",
-    version="1",
-    meaning="Transforms, permutes and quantises tokens: PlanishQuantizeActivation behind PlanishTransform.",
+    version="2",
+    meaning="Adds a residual to tokens, normalises, transforms, permutes and quantises them: PlanishQuantizeActivation "
+    "behind Add, RMSNormalization and PlanishTransform.",
     attributes=(
         _LAYOUT,
         *_WEIGHT_ATTRIBUTES,
@@ -63,6 +64,9 @@ QUANTIZE_TOKENS = Contract(
         Attribute("right_count", "int", "right factors: 0 is none, 1, or m"),
         Attribute("has_left", "int", "1 if there is a left factor"),
         Attribute("permuted", "int", "1 if there is a permutation"),
+        Attribute("added", "int", "1 if there is a residual to add"),
+        Attribute("normed", "int", "1 if there is a norm"),
+        Attribute("epsilon", "float", "of the norm"),
     ),
     derived={"width": "channels + high_channels", **_STORED},
     rules=(
@@ -89,32 +93,38 @@ QUANTIZE_TOKENS = Contract(
             "(right_count == 0 and has_left == 0) or width <= widest_row(k)",
             "no block of threads is wide enough for {width} channels as rows of {k}",
         ),
+        Rule("epsilon >= 0 and epsilon < 1", "an epsilon of {epsilon}; it is 0 or more, and below 1"),
     ),
     inputs=(
         Tensor("x", _FLOATS, ("...", "width"), "the tokens"),
+        Tensor("residual", _FLOATS, ("...", "width"), "is added to them", given="added", like="x"),
+        Tensor("gain", ("float32",), ("width",), "of the norm", given="normed"),
         Tensor("right", ("float32",), ("right_count", "k", "k"), "right factors", given="right_count > 0"),
         Tensor("left", ("float32",), ("m", "m"), "left factor", given="has_left"),
         Tensor("permutation", _INT, ("width",), "stored channel i is channel permutation[i]", given="permuted"),
     ),
-    outputs=_CODE_TENSORS,
+    outputs=(*_CODE_TENSORS, Tensor("sum", _FLOATS, ("...", "width"), "x + residual", given="added", like="x")),
 )
 
 LINEAR = Contract(
     name="PlanishLinear",
-    version="1",
-    meaning="Multiplies codes of tokens by low-bit weights: PlanishMatMul, of one segment or two.",
+    version="2",
+    meaning="Multiplies codes of tokens by low-bit weights: PlanishMatMul, of one segment or two; of gate and up, "
+    "silu(gate) * up.",
     attributes=(
         _LAYOUT,
         *_WEIGHT_ATTRIBUTES,
         Attribute("rows", "int", "output channels"),
         Attribute("code_bits", "int", "the most bits of a token's code, which decide how codes lie"),
         Attribute("type", "int", "of y: 0 is float32, 1 float16, 2 bfloat16"),
+        Attribute("gated", "int", "1 if rows are eight of gate, eight of up, and so on"),
     ),
     derived={
         **_STORED,
         "row_tiles": "ceil_div(rows, 16)",
         "tile_words": "ceil_div(padded_channels(channels, bits) * bits, 2)",
         "high_tile_words": "high_channels * 2",
+        "results": "rows - gated * ceil_div(rows, 2)",
     },
     rules=(
         _SAME_LAYOUT,
@@ -122,6 +132,8 @@ LINEAR = Contract(
         Rule("rows >= 1", "{rows} output channels; there is one at least"),
         Rule("code_bits >= 2 and code_bits <= 8", "codes of {code_bits} bits; they have 2 to 8"),
         Rule("type >= 0 and type <= 2", "type {type}; 0 is float32, 1 float16, 2 bfloat16"),
+        Rule("gated == 0 or gated == 1", "gated is {gated}; it is 0 or 1"),
+        Rule("gated == 0 or rows % 16 == 0", "{rows} rows of gate and up; they come in sixteens"),
     ),
     inputs=(
         *_CODE_TENSORS,
@@ -132,7 +144,7 @@ LINEAR = Contract(
         Tensor("high_weight_scales", ("float32",), ("rows",), "likewise", given="high_channels > 0"),
         Tensor("high_row_sums", _INT, ("row_tiles * 16",), "likewise", given="high_channels > 0"),
     ),
-    outputs=(Tensor("y", _FLOATS, ("...", "rows"), "the products", pick="type"),),
+    outputs=(Tensor("y", _FLOATS, ("...", "results"), "the products", pick="type"),),
 )
 
 _CACHE_ATTRIBUTES = (

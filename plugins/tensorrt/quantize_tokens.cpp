@@ -12,6 +12,14 @@ int launch(const PlanishQuantizeTokens& node, const Call& call) {
     const int32_t most_bits = std::max(node.activation_bits, node.high_channels ? node.high_activation_bits : 0);
     planish_quantize task = {};
     task.x = call.inputs[Node::kX];
+    if (node.added) {
+        task.residual = call.inputs[Node::kResidual];
+        task.sum = call.outputs[Node::kSum];
+    }
+    if (node.normed) {
+        task.gain = static_cast<const float*>(call.inputs[Node::kGain]);
+        task.epsilon = node.epsilon;
+    }
     task.right = static_cast<const float*>(call.inputs[Node::kRight]);
     task.left = static_cast<const float*>(call.inputs[Node::kLeft]);
     task.right_count = node.right_count;

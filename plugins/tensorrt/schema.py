@@ -66,4 +66,10 @@ def register_schemas(contracts: tuple[Contract, ...]) -> None:
 
 
 def _parameter(tensor: Tensor) -> OpSchema.FormalParameter:
-    return OpSchema.FormalParameter(tensor.name, f"T_{tensor.name}", f"[{', '.join(tensor.shape)}]: {tensor.meaning}")
+    options = OpSchema.FormalParameterOption
+    return OpSchema.FormalParameter(
+        tensor.name,
+        f"T_{tensor.name}",
+        f"[{', '.join(tensor.shape)}]: {tensor.meaning}",
+        param_option=options.Single if tensor.given == "1" else options.Optional,
+    )

@@ -12,10 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from planish.compiler.backends.tensorrt import build_engines
 from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.checkpoint import open_checkpoint
+from planish.compiler.export.float_model import float_model
 from planish.plugins.native import find_compiler
 from planish.plugins.tensorrt.build import cuda_headers
+from tests.fixed_cache import plain_session
 from tests.plugin_host import need_headers, tensorrt_headers
+from tests.tiny import write_tiny
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TRITON = EXAMPLES / "triton" / "planish"
@@ -192,8 +197,12 @@ def test_the_command_of_trtexec(tmp_path: Path) -> None:
     }
     (tmp_path / "engine.json").write_text(json.dumps(record))
     smoke = load(EXAMPLES / "trtexec" / "smoke.py")
-    line = smoke.command(tmp_path)
+    with pytest.raises(SystemExit, match=r"libplanish_plugins\.so is missing\. Compile it here, and give --plugins"):
+        smoke.command(tmp_path)
+    (tmp_path / "libplanish_plugins.so").touch()
+    line = smoke.command(tmp_path, save=True)
     assert line[0] == "trtexec"
+    assert f"--saveEngine={tmp_path}/model.engine" in line
     assert f"--dynamicPlugins={tmp_path}/libplanish_plugins.so" in line
     assert "--preview=+aliasedPluginIO1003" in line
     assert (
@@ -207,9 +216,29 @@ def test_the_command_of_trtexec(tmp_path: Path) -> None:
     assert np.frombuffer(written["num_logits_to_keep"], np.int64).tolist() == [1]
     assert np.frombuffer(written["past_lengths"], np.int32).tolist() == [0]
     assert len(written["past_key_values.0.key"]) == 4 * 3 * 32 * 6
-    (tmp_path / "engine.json").write_text(json.dumps({**record, "plugins": None}))
-    with pytest.raises(SystemExit, match="has no plugins"):
-        smoke.command(tmp_path)
+    assert f"--dynamicPlugins={EXAMPLES}/trtexec/smoke.py" in smoke.command(tmp_path, EXAMPLES / "trtexec" / "smoke.py")
+
+
+def test_the_command_of_trtexec_without_plugins(tmp_path: Path) -> None:
+    folder = tmp_path / "tensorrt"
+    portable = float_model(open_checkpoint(write_tiny(tmp_path / "checkpoint")))
+    record = build_engines(portable, folder, flavour="tensorrt", tensorrt_version="10.3", max_context=32).record
+    line = load(EXAMPLES / "trtexec" / "smoke.py").command(folder)
+    assert not any(part.startswith(("--dynamicPlugins", "--preview", "--saveEngine")) for part in line)
+    inputs = {path.stem: path.read_bytes() for path in (folder / "smoke").iterdir()}
+    assert set(inputs) == set(record.inputs)
+    assert np.frombuffer(inputs["attention_mask"], np.int64).tolist() == [1] * 4 + [0] * 28
+    assert np.frombuffer(inputs["write_indices"], np.int64).tolist() == [0]
+    assert len(inputs["past_key_values.1.value"]) == 2 * 2 * 32 * 16
+    # What trtexec is given is a step that the model takes.
+    dtypes = {name: np.dtype(each.dtype) for name, each in record.inputs.items()}
+    shapes = {name: [int(n) for n in shape.split("x")] for name, shape in
+              (part.split(":") for part in line[-5].removeprefix("--shapes=").split(","))}  # fmt: skip
+    shapes["num_logits_to_keep"] = []
+    feeds = {name: np.frombuffer(content, dtypes[name]).reshape(shapes[name]) for name, content in inputs.items()}
+    logits = plain_session(folder / "model.onnx").run(["logits"], feeds)[0]
+    assert logits.shape == (1, 1, 272)
+    assert np.isfinite(logits).all()
 
 
 def test_the_example_in_cpp_compiles() -> None:

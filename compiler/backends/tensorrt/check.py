@@ -18,10 +18,17 @@ def check_engine(folder: Path, flavour: str) -> EngineRecord:
         BundleFormatError: if a newer planish wrote it.
         BundleCorruptError: if a file is missing or changed.
         MissingExtraError: if the package of `flavour` is not installed.
-        EngineMismatchError: if it was built by another package or version, or for other GPUs than the one here.
+        EngineMismatchError: if it was built by another package or version, or for other GPUs than the one here; or if
+            it is still to be built.
     """
     wanted = flavour_of(flavour)
     record = EngineRecord.read(folder)
+    if record.engine is None:
+        raise EngineMismatchError(
+            f"{folder} holds a model for TensorRT {record.tensorrt}, and no engine is built of it yet: it was lowered "
+            "with --tensorrt-version. docs/deploy.md says how to build one where it is to run; for the TensorRT that "
+            "is installed here, build the target again without --tensorrt-version."
+        )
     built_by = FLAVOURS[record.flavour].title if record.flavour in FLAVOURS else record.flavour
     built = f"This engine was built for SM {_list(record.sms)} with {built_by} {record.tensorrt}"
     again = f"Compile the bundle again with --target {flavour}"
@@ -57,6 +64,7 @@ def _check_device(record: EngineRecord, device: Device, built: str, again: str) 
 
 
 def _check_plugins(folder: Path, record: PluginsRecord, installed: str, device: Device) -> None:
+    assert record.library is not None, "an engine with plugins has their library beside it"
     _check_file(folder, record.library)
     path = folder / record.library.file
     has = check_library(path, installed, device.sm).plugins

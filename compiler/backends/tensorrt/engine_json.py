@@ -23,7 +23,7 @@ __all__ = [
 ENGINE_FILE = "model.engine"
 ENGINE_JSON = "engine.json"
 #: Version of engine.json; raised when older readers would misread it.
-ENGINE_FORMAT = 2
+ENGINE_FORMAT = 3
 
 _CHUNK = 1 << 20
 
@@ -69,17 +69,17 @@ class Fallback(_Record):
 
 
 class PluginsRecord(_Record):
-    """The plugin library that an engine needs, which lies beside it.
+    """The plugins that an engine needs, and the library, which lies beside it.
 
     Attributes:
-        library: the file.
-        tensorrt: version of the TensorRT headers it was compiled with.
+        library: the file; None where there is no engine yet.
+        tensorrt: version of the TensorRT headers it was compiled with, likewise.
         layout: version of the layouts in memory that it reads.
         versions: name -> version of the plugins in the engine.
     """
 
-    library: FileRecord
-    tensorrt: tuple[int, int, int]
+    library: FileRecord | None
+    tensorrt: tuple[int, int, int] | None
     layout: int
     versions: dict[str, str]
 
@@ -91,12 +91,13 @@ class EngineRecord(_Record):
         format: ENGINE_FORMAT of the writer.
         planish: version of planish.
         flavour: the target, 'rtx' or 'tensorrt'.
-        tensorrt: version of the package that built the engine; only the same version loads it.
+        tensorrt: version of the package that built the engine; only the same version loads it. Without an engine,
+            the version that the model was lowered for.
         cuda: CUDA major version of that package.
         system: operating system and processor architecture, such as 'Linux x86_64'.
         sms: compute capabilities the engine runs on, times ten.
-        engine: the engine.
-        onnx: the model it was built from, and the file of its weights.
+        engine: the engine; None where the model was lowered for a TensorRT elsewhere, which is to build it.
+        onnx: the model it is built from, and the file of its weights.
         inputs: name -> dtype and profile.
         outputs: name -> dtype and shape.
         max_batch: sequences at most.
@@ -104,7 +105,8 @@ class EngineRecord(_Record):
         max_context: slots of the cache.
         fallbacks: what differs from the portable model, and why.
         build_seconds: what the build took.
-        plugins: the plugin library; None if the engine needs none.
+        plugins_asked: what was asked for: `auto`, `none` or `require`.
+        plugins: what was done: the plugins and their library; None if the engine has none.
     """
 
     format: int
@@ -114,7 +116,7 @@ class EngineRecord(_Record):
     cuda: int | None
     system: str
     sms: tuple[int, ...]
-    engine: FileRecord
+    engine: FileRecord | None
     onnx: tuple[FileRecord, ...]
     inputs: dict[str, InputRecord]
     outputs: dict[str, OutputRecord]
@@ -123,6 +125,7 @@ class EngineRecord(_Record):
     max_context: int
     fallbacks: tuple[Fallback, ...]
     build_seconds: float
+    plugins_asked: str = "auto"
     plugins: PluginsRecord | None = None
 
     @classmethod

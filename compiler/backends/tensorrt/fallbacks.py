@@ -1,24 +1,36 @@
 """What a TensorRT engine holds or computes otherwise than the portable model, and why."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
 from planish.compiler.backends.tensorrt.engine_json import Fallback
 from planish.compiler.backends.tensorrt.surgery import LeftOut
-from planish.plugins.ops import DOMAIN, append_kv, matmul, quantize_activation, weight_only_matmul
+from planish.plugins.ops import DOMAIN, append_kv, attend, matmul, quantize_activation, weight_only_matmul
 from planish.plugins.packing import PACKED_BITS
 
 __all__ = ["fallbacks"]
 
 
-def fallbacks(model: ir.Model, left_out: Sequence[LeftOut] = ()) -> tuple[Fallback, ...]:
-    """Return the fallbacks of a portable model, or of one with plugin nodes; none for a float model.
+#: What attention and the cache of a portable model become, unless they are plugins.
+_ATTENTION = {"Attention", *(attend(key, value).name for key in PACKED_BITS for value in PACKED_BITS)}
+_LOWERED_ATTENTION = {"Attention", "TensorScatter"}
+
+
+def fallbacks(
+    model: ir.Model, left_out: Sequence[LeftOut] = (), tensorrt: str = "", lacking: Collection[str] = ()
+) -> tuple[Fallback, ...]:
+    """Return the fallbacks of a portable model, or of one with plugin nodes.
 
     Args:
         model: before planish functions became standard ops.
         left_out: the nodes that no plugin took the place of.
+        tensorrt: the version of TensorRT that it is lowered for.
+        lacking: ops that its parser lacks.
     """
+    everything = {node.op_type for node in model.graph}
+    if everything & _ATTENTION:
+        everything |= _LOWERED_ATTENTION
     ops = {node.op_type for node in model.graph if node.domain == DOMAIN}
     found = [
         Fallback(
@@ -43,6 +55,15 @@ def fallbacks(model: ir.Model, left_out: Sequence[LeftOut] = ()) -> tuple[Fallba
                 what="low-bit KV cache",
                 instead="stored as float16, each number rounded to its code's value (fake-quantised)",
                 why="TensorRT's cache update takes float caches only",
+            )
+        )
+    if spelled_out := sorted(everything & set(lacking)):
+        copied = "; the cache is copied at every step" if "TensorScatter" in spelled_out else ""
+        found.append(
+            Fallback(
+                what=", ".join(spelled_out),
+                instead=f"spelled out in older ops{copied}",
+                why=f"the parser of TensorRT {tensorrt} does not know them",
             )
         )
     reasons: dict[str, list[str]] = {}

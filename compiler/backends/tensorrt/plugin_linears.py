@@ -1,4 +1,8 @@
-"""Replace low-bit linears by plugin nodes: tokens are transformed and quantised by one, multiplied by another."""
+"""Replace low-bit linears by plugin nodes: tokens are quantised by one, multiplied by another.
+
+What stands in front becomes part of the first: residual addition, norm, online transform and gather. silu(gate) * up
+becomes part of the second.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from planish.compiler.backends.tensorrt.plugin_sources import Source, gated_result, sources_of
 from planish.compiler.backends.tensorrt.surgery import LeftOut, Surgery
-from planish.plugins.kernel_layout import pack_for_kernel
-from planish.plugins.ops import DOMAIN, matmul, quantize_activation
+from planish.plugins.kernel_layout import gated_rows, pack_for_kernel
+from planish.plugins.ops import matmul, quantize_activation
 from planish.plugins.packing import PACKED_BITS
 from planish.plugins.tensorrt.plugins import LAYOUT, LINEAR, QUANTIZE_TOKENS
 
@@ -137,31 +142,19 @@ class _Tokens:
         high_bits, high_clip = linear.rest.grid if linear.high is None else linear.high.grid
         grids = {"activation_bits": bits, "clip": clip, "high_activation_bits": high_bits, "high_clip": high_clip}
         base = {**linear.weights(), **grids, "permuted": int(linear.order is not None)}
-        for x, factors in self._sources(linear):
-            attributes = {**base, **_shape_of(factors, int(base["channels"] + base["high_channels"]))}
+        width = int(base["channels"] + base["high_channels"])
+        for source in sources_of(self._surgery, linear.x):
+            attributes = {**base, **_shape_of(source.factors, width), **source.attributes}
             why = QUANTIZE_TOKENS.problem(attributes)
             if why is None:
-                self._made[key] = self._add(linear, x, factors, attributes)
+                self._made[key] = self._add(linear, source, attributes)
                 return self._made[key]
         assert why is not None
         return why
 
-    def _sources(self, linear: _Linear) -> list[tuple[Any, dict[str, Array]]]:
-        """Return what may be quantised: what stands before the online transform, with its factors, and behind it."""
-        behind = (linear.x, dict[str, Array]())
-        transform = self._surgery.producer(linear.x)
-        if transform is None or not transform.op.startswith("PlanishTransform") or transform.domain != DOMAIN:
-            return [behind]
-        arrays = [self._surgery.array(each).astype(np.float32) for each in transform.inputs[1:]]
-        factors = {}
-        if transform.op.endswith("Left"):
-            factors["left"] = arrays.pop()
-        if arrays:
-            factors["right"] = arrays[0].reshape(-1, *arrays[0].shape[-2:])
-        return [(transform.inputs[0], factors), behind]
-
-    def _add(self, linear: _Linear, x: Any, factors: Mapping[str, Array], attributes: dict[str, float]) -> list[Any]:
-        name = linear.rest.quantize.name
+    def _add(self, linear: _Linear, source: Source, attributes: dict[str, float]) -> list[Any]:
+        """Add the node, and return codes, scales and sums; what is added to tokens is an output of it as well."""
+        name, factors = linear.rest.quantize.name, source.factors
         extra = [
             self._surgery.constant(f"{name}.{part}", factors[part]) for part in ("right", "left") if part in factors
         ]
@@ -169,11 +162,14 @@ class _Tokens:
             extra.append(self._surgery.constant(f"{name}.order", linear.order))
         outputs = [
             self._surgery.variable(f"{name}.{each.name}", np.float32 if each.name == "scales" else np.int32, [])
-            for each in QUANTIZE_TOKENS.outputs
+            for each in QUANTIZE_TOKENS.outputs[:3]
         ]
         for output in outputs:
             output.shape = None
-        self._surgery.plug(QUANTIZE_TOKENS, f"{name}.quantized", attributes, [x, *extra], outputs)
+        total = [] if source.total is None else [source.total]
+        self._surgery.plug(
+            QUANTIZE_TOKENS, f"{name}.quantized", attributes, [*source.inputs, *extra], [*outputs, *total]
+        )
         return outputs
 
 
@@ -192,7 +188,11 @@ def _plug(surgery: Surgery, linear: _Linear, tokens: _Tokens) -> str | None:
     """Put the plugins in the place of a linear, or return why they cannot be."""
     rows = int(linear.rest.node.inputs[2].shape[0])
     code_bits = max(product.grid[0] for product in linear.products)
-    attributes = {**linear.weights(), "rows": rows, "code_bits": code_bits, "type": 0}
+    attributes = {**linear.weights(), "rows": rows, "code_bits": code_bits, "type": 0, "gated": 0}
+    hidden = gated_result(surgery, linear.y)
+    if hidden is not None and LINEAR.problem({**attributes, "gated": 1}) is None:
+        attributes["gated"] = 1
+    order = gated_rows(rows) if attributes["gated"] else np.arange(rows)
     why = LINEAR.problem(attributes)
     if why:
         return why
@@ -206,11 +206,11 @@ def _plug(surgery: Surgery, linear: _Linear, tokens: _Tokens) -> str | None:
     inputs = list(codes)
     for product in linear.products:
         weight, scale = product.node.inputs[2:4]
-        packed = pack_for_kernel(surgery.array(weight), product.k, product.bits)
+        packed = pack_for_kernel(surgery.array(weight)[order], product.k, product.bits)
         inputs += [
             surgery.constant(f"{weight.name}.words", packed.words),
-            surgery.constant(f"{scale.name}.rows", surgery.array(scale)[0].astype(np.float32)),
+            surgery.constant(f"{scale.name}.rows", surgery.array(scale)[0, order].astype(np.float32)),
             surgery.constant(f"{weight.name}.sums", packed.row_sums),
         ]
-    surgery.plug(LINEAR, linear.rest.node.name, attributes, inputs, [linear.y])
+    surgery.plug(LINEAR, linear.rest.node.name, attributes, inputs, [hidden if attributes["gated"] else linear.y])
     return None

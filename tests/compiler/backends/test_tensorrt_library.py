@@ -18,6 +18,7 @@ from planish.compiler.backends.tensorrt import build, build_engines, check, chec
 from planish.compiler.backends.tensorrt.device import Device
 from planish.compiler.backends.tensorrt.engine_json import EngineRecord
 from planish.compiler.backends.tensorrt.job import Built, Job
+from planish.compiler.backends.tensorrt.plugin_choice import PluginChoice
 from planish.compiler.backends.tensorrt.plugin_library import PluginLibrary, check_library, read_library
 from planish.compiler.backends.tensorrt.plugin_registry import load_plugins, look_up, plugin_nodes
 from planish.compiler.backends.tensorrt.timings import keep_timings, timing_cache
@@ -94,9 +95,9 @@ def test_a_library_that_says_something_else(says: str, tmp_path: Path) -> None:
         ),
         (
             {"plugins": {**SAYS["plugins"], LINEAR.name: "0"}},
-            r"of another version: this planish wants PlanishLinear 1 \(it has 0\)\. Compile it again",
+            r"of another version: this planish wants PlanishLinear 2 \(it has 0\)\. Compile it again",
         ),
-        ({"plugins": {}}, r"PlanishLinear 1 \(it has none\), PlanishKvAppend 1 \(it has none\)"),
+        ({"plugins": {}}, r"PlanishLinear 2 \(it has none\), PlanishKvAppend 1 \(it has none\)"),
         ({"sms": [80, 86]}, r"has kernels for SM 80, 86, and the GPU here is an SM 90\. Unset PLANISH_PLUGINS"),
     ],
 )
@@ -174,8 +175,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 
     def run_job(job: Job, progress: Any) -> Built:
         jobs.append(job)
-        assert job.plugins is not None
-        assert Path(job.plugins).is_file()
+        assert job.plugins is None or Path(job.plugins).is_file()
         Path(job.engine).write_bytes(b"engine")
         return Built(version=VERSION, sms=(90,), inputs={}, outputs={}, seconds=1.0)
 
@@ -206,11 +206,29 @@ def test_a_build_with_plugins(as_path: bool, portable: Path, jobs: list[Job], tm
     assert "weights of 8 bits have no kernel" in said["1 node(s): lm_head.product"]
     assert "low-bit KV cache" not in said
     assert plugin_nodes(folder / "model.onnx") == {
-        ("PlanishQuantizeTokens", "1"): 8, ("PlanishLinear", "1"): 8,
+        ("PlanishQuantizeTokens", "2"): 8, ("PlanishLinear", "2"): 8,
         ("PlanishKvAppend", "1"): 2, ("PlanishKvAttend", "1"): 2,
     }  # fmt: skip
     onnx.checker.check_model(str(folder / "model.onnx"))
     assert check_engine(folder, "tensorrt") == made.record
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "require"])
+def test_the_user_says_whether_there_are_plugins(
+    choice: PluginChoice, portable: Path, jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_it(name: str) -> EngineRecord:
+        return build_engines(portable, tmp_path / name, flavour="tensorrt", plugins=choice).record
+
+    named = build_it("named")
+    assert (named.plugins_asked, named.plugins is None, jobs[0].plugins is None) == (choice, *[choice == "none"] * 2)
+    monkeypatch.delenv("PLANISH_PLUGINS")
+    if choice == "require":
+        with pytest.raises(EngineMismatchError, match="Plugins are required, and PLANISH_PLUGINS names no plugin"):
+            build_it("not named")
+        assert not (tmp_path / "not named").exists()
+    else:
+        assert build_it("not named").plugins is None
 
 
 def test_an_engine_whose_library_is_another(portable: Path, jobs: list[Job], tmp_path: Path) -> None:

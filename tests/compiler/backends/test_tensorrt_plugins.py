@@ -12,6 +12,7 @@ import onnx_ir.passes.common as common
 import pytest
 
 from planish.compiler.backends.tensorrt.lowering import Plugged, lower_to_tensorrt, plug
+from planish.compiler.backends.tensorrt.parser_versions import check_ops
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.export.float_model import save_model
 from planish.compiler.export.portable import portable_model
@@ -25,7 +26,8 @@ from planish.plugins.ops import DOMAIN
 from tests.flattening import random_transforms
 from tests.high_impact import random_high_impact
 from tests.onnx_run import CachedModel, range_error
-from tests.plugin_interpreter import PluginModel
+from tests.plugin_host import load_host, need_headers
+from tests.plugin_interpreter import PluginModel, hosted_plugins
 from tests.tiny import write_tiny
 
 Array = npt.NDArray[Any]
@@ -79,10 +81,10 @@ def in_float32(model: ir.Model, folder: Path) -> Path:
     return save_model(passes(model.clone()).model, folder)
 
 
-def error(portable: Path, plugged: Path) -> float:
+def error(portable: Path, plugged: Path, plugins: Any = None) -> float:
     """Return how far the logits of two sequences of different lengths lie apart, as a share of their range."""
     ids = np.random.default_rng(0).integers(3, 272, (2, 16))
-    ours, theirs, worst = PluginModel(plugged, 2), CachedModel(portable), 0.0
+    ours, theirs, worst = PluginModel(plugged, 2, plugins), CachedModel(portable), 0.0
     caches: list[Any] = [None, None]
     seen = np.array([0, 0])
     for counts in COUNTS:
@@ -140,6 +142,66 @@ def test_transforms_and_high_impact_channels_are_part_of_a_plugin(tmp_path: Path
     left = {str(node.name) for node in made.plugged.model.graph if node.op_type.startswith("PlanishTransform")}
     assert all("key_map" in name or "query_map" in name for name in left)
     assert left
+
+
+def test_norms_residuals_and_gates_are_part_of_a_plugin(tmp_path: Path) -> None:
+    made = case(tmp_path, "w3a3k3v3", "scale rows left", high=True)
+    fused = {
+        str(node.name).removeprefix("model.layers.").removesuffix(".input.quantized"): tuple(
+            node.attributes.get_int(name) for name in ("added", "normed")
+        )
+        for node in made.nodes("PlanishQuantizeTokens")
+    }
+    assert fused == {
+        # Nothing is added to the embedding.
+        "0.self_attn.qkv_proj": (0, 1), "0.self_attn.o_proj": (0, 0),
+        "0.mlp.gate_up_proj": (1, 1), "0.mlp.down_proj": (0, 0),
+        "1.self_attn.qkv_proj": (1, 1), "1.self_attn.o_proj": (0, 0),
+        "1.mlp.gate_up_proj": (1, 1), "1.mlp.down_proj": (0, 0),
+    }  # fmt: skip
+    gated = {str(node.name) for node in made.nodes("PlanishLinear") if node.attributes.get_int("gated")}
+    assert gated == {f"model.layers.{i}.mlp.gate_up_proj.product" for i in range(2)}
+    left = {node.op_type: str(node.name) for node in made.plugged.model.graph}
+    assert left["RMSNormalization"] == "model.norm"
+    assert "Sigmoid" not in left
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gated"),
+    [({"mlp_bias": True}, 0), ({"intermediate_size": 332}, 0), ({"attention_bias": True}, 2)],
+    ids=["a bias behind gate and up", "rows that do not come in sixteens", "a bias that is no residual"],
+)
+def test_what_no_kernel_takes_stays_outside(overrides: Any, gated: int, tmp_path: Path) -> None:
+    made = case(tmp_path, "w4a8k8v8", **overrides)
+    assert sum(node.attributes.get_int("gated") for node in made.nodes("PlanishLinear")) == gated
+    assert sum(node.attributes.get_int("added") for node in made.nodes("PlanishQuantizeTokens")) == 3
+    assert error(made.portable, in_float32(made.plugged.model, tmp_path / "lowered")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("scheme", "form", "high"), [("w3a3k3v3", "scale rows left", True), ("w2a4k4v2", "right", False)]
+)
+def test_the_library_itself_gives_the_logits_of_the_portable_model(
+    scheme: str, form: str, high: bool, tmp_path: Path
+) -> None:
+    need_headers()
+    made = case(tmp_path, scheme, form, high)
+    plugins = hosted_plugins(load_host())
+    assert error(made.portable, in_float32(made.plugged.model, tmp_path / "lowered"), plugins) < 1e-5
+
+
+def test_a_model_with_plugins_for_an_older_parser(tmp_path: Path) -> None:
+    made = case(tmp_path, "w4a8k8v8", "rows left")
+    older, newer = (lower_to_tensorrt(made.plugged.model, CONTEXT, version) for version in ((10, 3), None))
+    check_ops(older, (10, 3))
+    assert not older.functions
+    paths = [save_model(model, tmp_path / name) for model, name in ((older, "older"), (newer, "newer"))]
+    ids = np.random.default_rng(0).integers(3, 272, (2, 7))
+    found, expected = (PluginModel(path, 2)(ids, np.array([7, 4])) for path in paths)
+    assert range_error(found[0], expected[0]) < 1e-5
+    assert range_error(found[1, :4], expected[1, :4]) < 1e-5
+    types = {str(value.name): value.dtype for value in older.graph.inputs}
+    assert types["past_key_values.0.key"] == ir.DataType.INT32
 
 
 def test_in_float16_the_logits_are_near(tmp_path: Path) -> None:

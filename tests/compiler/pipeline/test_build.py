@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,23 @@ def test_an_engine_for_a_compiled_bundle(copy: Path, tiny: Path, tmp_path: Path)
     assert json.loads((copy / "report" / "report.json").read_text())["engines"]["rtx"] == record
     recipe = yaml.safe_load((copy / RECIPE_FILE).read_text())
     assert (recipe["targets"], recipe["sms"], recipe["max_context"]) == (["ort", "rtx"], [89], 32)
+
+
+def test_a_model_for_the_tensorrt_of_another_machine(copy: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    given = ("--target", "tensorrt", "--tensorrt-version", "10.3", "--max-context", "32", "--json")
+    assert run("build", str(copy), *given).json["targets"] == ["ort", "tensorrt"]
+    folder = copy / "engines" / "tensorrt"
+    assert {path.name for path in folder.iterdir()} == {"engine.json", "model.onnx", "model.onnx.data"}
+    page = (copy / "report" / "report.html").read_text()
+    assert "to be built where it is to run, by TensorRT 10.3; plugins, asked for auto: none" in page
+    assert "RMSNormalization" in page
+    assert yaml.safe_load((copy / RECIPE_FILE).read_text())["tensorrt_version"] == "10.3"
+    assert "no engine is built of it yet" in run("inspect", str(copy)).out
+    # The next build is for the TensorRT that is installed here, and there is none.
+    assert run("build", str(copy), "--target", "tensorrt").code == MissingExtraError.exit_code
+    for wrong in (("--tensorrt-version", "ten"), ("--plugins", "perhaps")):
+        assert run("build", str(copy), "--target", "tensorrt", *wrong).code == RecipeError.exit_code
 
 
 def test_a_target_is_made_again(copy: Path, bundle: Bundle) -> None:

@@ -24,8 +24,28 @@ int fail(const std::string& what) {
 // Where the code of a channel lies among its stored eight, even ones first.
 int64_t stored_place(int64_t channel) { return channel / 8 * 8 + channel % 2 * 4 + channel % 8 / 2; }
 
-std::vector<float> transformed(const planish_quantize& task, const float* x) {
-    std::vector<float> row(x, x + task.channels), made(row.size());
+// x + residual, which is stored, behind the norm.
+std::vector<float> normed(const planish_quantize& task, int64_t token) {
+    const int64_t first = token * task.channels;
+    const float* x = static_cast<const float*>(task.x) + first;
+    std::vector<float> row(x, x + task.channels);
+    if (task.residual) {
+        for (int i = 0; i < task.channels; ++i) {
+            row[i] += static_cast<const float*>(task.residual)[first + i];
+            static_cast<float*>(task.sum)[first + i] = row[i];
+        }
+    }
+    if (task.gain) {
+        float squares = 0;
+        for (const float each : row) squares += each * each;
+        const float size = std::sqrt(squares / static_cast<float>(task.channels) + task.epsilon);
+        for (int i = 0; i < task.channels; ++i) row[i] = row[i] / size * task.gain[i];
+    }
+    return row;
+}
+
+std::vector<float> transformed(const planish_quantize& task, std::vector<float> row) {
+    std::vector<float> made(row.size());
     const int m = task.m, k = task.k;
     if (task.right) {
         for (int i = 0; i < m; ++i) {
@@ -82,7 +102,14 @@ int linear(const planish_linear& task) {
         std::vector<float> y(static_cast<size_t>(task.rows));
         if (segments == 2) add_segment(task, task.high, 4, token, 0, 2, 0, y);
         add_segment(task, task.low, task.low_bits, token, segments - 1, segments, task.high.channels, y);
-        std::copy(y.begin(), y.end(), static_cast<float*>(task.y) + token * task.rows);
+        if (task.gated) {
+            for (int64_t i = 0; i < task.rows / 2; ++i) {
+                const auto at = static_cast<size_t>(i / 8 * 16 + i % 8);
+                y[static_cast<size_t>(i)] = y[at] / (1 + std::exp(-y[at])) * y[at + 8];
+            }
+            y.resize(static_cast<size_t>(task.rows / 2));
+        }
+        std::copy(y.begin(), y.end(), static_cast<float*>(task.y) + token * static_cast<int64_t>(y.size()));
     }
     return PLANISH_OK;
 }
@@ -158,7 +185,7 @@ extern "C" {
 int planish_quantize_tokens(const planish_quantize* task, void*) {
     if (task->type != PLANISH_FLOAT32) return fail("emulated in float32 only");
     for (int64_t token = 0; token < task->tokens; ++token) {
-        const std::vector<float> row = transformed(*task, static_cast<const float*>(task->x) + token * task->channels);
+        const std::vector<float> row = transformed(*task, normed(*task, token));
         int64_t from = 0, to = token * task->stride;
         for (int s = 0; s < task->segment_count; ++s) {
             const planish_code_segment& segment = task->segments[s];

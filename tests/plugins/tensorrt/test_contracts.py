@@ -177,4 +177,4 @@ def test_expressions_that_mean_something_else_in_cpp(expression: str) -> None:
 
 def test_a_rule_shows_values() -> None:
     contract = Contract("P", "1", "", LINEAR.attributes, (Rule("rows == 1", "{rows} of {type}"),), (), ())
-    assert contract.problem(GOOD[LINEAR.name]) == "P: 100 of 0"
+    assert contract.problem(GOOD[LINEAR.name]) == "P: 112 of 0"

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from planish.plugins.kernel_layout import KernelWeight, pack_for_kernel
+from planish.plugins.kernel_layout import KernelWeight, gated_rows, pack_for_kernel
 from planish.plugins.ops import append_kv, attend, matmul, quantize_activation
 from planish.plugins.packing import pack
 from planish.plugins.tensorrt.contract import Contract
@@ -35,6 +35,7 @@ def linear(**changes: float) -> dict[str, float]:
         "rows": 40,
         "code_bits": 4,
         "type": 0,
+        "gated": 0,
         **changes,
     }
 
@@ -42,7 +43,7 @@ def linear(**changes: float) -> dict[str, float]:
 def tokens(**changes: float) -> dict[str, float]:
     base = {"layout": LAYOUT, "bits": 3, "channels": 80, "high_channels": 0, "activation_bits": 3, "clip": 1.0,
             "high_activation_bits": 4, "high_clip": 1.0, "m": 1, "k": 80, "right_count": 0, "has_left": 0,
-            "permuted": 0}  # fmt: skip
+            "permuted": 0, "added": 0, "normed": 0, "epsilon": 0.0}  # fmt: skip
     return {**base, **changes}
 
 
@@ -217,6 +218,40 @@ def test_two_segments_a_transform_and_a_permutation(host: Host) -> None:
         rounded = np.clip(np.rint(part / step), -zero, zero - 1)
         expected += step * (rounded @ (codes.astype(float) - (1 << bits - 1)).T) * each
     np.testing.assert_allclose(run[0], expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_residual_and_norm_come_before_the_codes(host: Host, count: int) -> None:
+    x, residual, gain = floats((count, 80)), 3 * floats((count, 80), 1), floats((80,), 2)
+    attributes = tokens(added=1, normed=1, epsilon=1e-5, activation_bits=4)
+    codes, scales, sums, total = quantized(host, x, attributes, residual, gain)
+    np.testing.assert_array_equal(total, x + residual)
+    exact = total.astype(np.float64)
+    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5) * gain
+    plain = quantized(host, exact.astype(np.float32), tokens(activation_bits=4))
+    np.testing.assert_allclose(scales, plain[1], rtol=1e-6)
+    # A value between two codes may go either way.
+    differing = np.abs(codes.view(np.uint8).astype(int) - plain[0].view(np.uint8))
+    assert differing.max() <= 1
+    assert (differing > 0).mean() < 1e-3
+    only_norm = quantized(host, total, tokens(normed=1, epsilon=1e-5, activation_bits=4), gain)
+    for found, expected in zip(only_norm, (codes, scales, sums), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("count", [1, 17])
+def test_a_gated_linear(host: Host, count: int) -> None:
+    codes = np.random.default_rng(0).integers(0, 8, (48, 80), np.uint8)
+    scale, stored = np.abs(floats((48,))) + 0.1, quantized(host, floats((count, 80)), tokens())
+    (both,) = made(host, LINEAR, linear(rows=48)).run(  # type: ignore[misc]
+        [*stored, *weight_inputs(pack_for_kernel(pack(codes, 3), 80, 3), scale)]
+    )
+    order = gated_rows(48)
+    mixed = pack_for_kernel(pack(codes[order], 3), 80, 3)
+    run = made(host, LINEAR, linear(rows=48, gated=1)).run([*stored, *weight_inputs(mixed, scale[order])])
+    assert run is not None, host.said()
+    gate, up = both[:, :24].astype(np.float64), both[:, 24:]
+    np.testing.assert_allclose(run[0], gate / (1 + np.exp(-gate)) * up, rtol=1e-5, atol=1e-6)
 
 
 class Cache:

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-__all__ = ["JsonFlag", "Output", "app"]
+__all__ = ["JsonFlag", "Output", "app", "plain_table"]
 
 app = typer.Typer(
     name="planish",
@@ -63,6 +64,14 @@ class Output:
         """Print `content` as one line of JSON, if that was asked for."""
         if self._as_json:
             print(json.dumps(content, ensure_ascii=False))
+
+
+def plain_table(title: str, columns: Sequence[str]) -> Table:
+    """Return a table without lines, to add rows to."""
+    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
 
 
 def _print_version(wanted: bool) -> None:

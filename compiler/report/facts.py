@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from planish.compiler.bundle.bundle import Bundle
-from planish.compiler.bundle.inspection import inspect
+from planish.compiler.bundle.inspection import inspect, stored_bits
 from planish.compiler.bundle.layout import PLAN_FILE, RECIPE_FILE
 from planish.compiler.checkpoint.tensors import expected_tensors
+from planish.compiler.report.high_channels import high_facts
 from planish.compiler.report.notices import notices
 from planish.compiler.report.run_record import RunRecord
 from planish.compiler.report.verdict import judge
@@ -35,8 +36,9 @@ def gather(bundle: Bundle, run: RunRecord) -> dict[str, Any]:
     model that was measured on held-out text (`cross_entropy` and `divergence` in nats per token, `perplexity`, null
     where not measured); `cache`, bytes at several lengths of context, and of a float16 cache; `sites`, what
     plan.json has for each site, with `sqnr_db` = -10 log10(error) after and, under `sqnr_unflattened_db`, before, and
-    the `measured` errors of forms; `linears` and `left_float` of plan.json; `choice`, how forms were chosen; `engines`;
-    `recipe`; `notices`, what fell back or was skipped, a sentence each; and `verdict`.
+    the `measured` errors of forms; `linears` and `left_float` of plan.json; `choice`, how forms were chosen;
+    `high_impact`, see `high_facts`; `engines`; `recipe`; `notices`, what fell back or was skipped, a sentence each; and
+    `verdict`.
 
     Args:
         bundle: its manifest needs no file records yet.
@@ -55,6 +57,7 @@ def gather(bundle: Bundle, run: RunRecord) -> dict[str, Any]:
         "linears_by_module": plan.get("linears", []),
         "left_float": plan.get("left_float", []),
         "choice": _choice(transforms, sites),
+        "high_impact": high_facts(plan.get("linears", []), stored_bits(bundle), transforms.get("high_impact")),
         "polish": transforms.get("polish"),
         "fallback": plan.get("fallback"),
         "engines": engines,

@@ -1,6 +1,6 @@
 """Numbers as people read them."""
 
-__all__ = ["short", "size"]
+__all__ = ["elided", "short", "size"]
 
 
 def size(count: float) -> str:
@@ -24,3 +24,14 @@ def short(value: float) -> str:
         ('1,534', '0.0123')
     """
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
+def elided(name: str, letters: int) -> str:
+    """Return a name of at most so many letters: of a longer one, the beginning and the end.
+
+    Example:
+        >>> elided("SmolLM2-135M-Instruct", 11)
+        'SmolL…truct'
+    """
+    end = letters // 2
+    return name if len(name) <= letters else f"{name[: letters - end - 1]}…{name[len(name) - end :]}"

@@ -49,6 +49,22 @@ def test_one_layer_of_what_is_not_flattened(run: Run, bundle: Bundle, float_bund
     assert "32.000 linears" in run("inspect", float_bundle.path).out
 
 
+def test_high_impact_channels(run: Run, high_impact: Bundle) -> None:
+    shown = run("inspect", high_impact.path).out
+    found = run("inspect", high_impact.path, "--json").json["high_impact"]
+    rows = {line.split()[0]: line.split() for line in shown[shown.index("layer by layer") :].splitlines()[2:6]}
+    for site, width in found["widths"].items():
+        counts = [each["counts"][site] for each in found["layers"]]
+        assert rows[site][2:5] == [str(min(counts)), str(max(counts)), str(width)]
+        assert rows[site][-1] == "".join(str(10 * count // width) if count else "." for count in counts)
+    shown = run("inspect", high_impact.path, "--layer", 1).out
+    here = run("inspect", high_impact.path, "--layer", 1, "--json").json["high_impact"]
+    assert here == {**found["layers"][1], "losses": found["losses"][1]}
+    for site, count in here["counts"].items():
+        assert f"{site} {count} of {found['widths'][site]}" in shown
+        assert f"{count}: {here['losses']['alone'][site][here['losses']['counts'][site].index(count)]:.3g} (ch" in shown
+
+
 def test_a_layer_that_is_not_there(run: Run, bundle: Bundle, tiny: Path) -> None:
     for command in (["inspect", bundle.path], ["inspect", tiny, "--outliers"]):
         refused = run(*command, "--layer", 2)

@@ -17,15 +17,16 @@ from planish.compiler.errors import PlanishError
 
 __all__ = ["app", "main"]
 
+# In the list of commands a line is cut off behind what 80 columns hold: these are short enough.
 app.command("compile")(run_compile)
-app.command("build")(run_build)
-app.command("export")(run_export)
-app.command("eval")(run_eval)
-app.command("compare")(run_compare)
+app.command("build", short_help="Lower a bundle to a further target, or anew.")(run_build)
+app.command("export", short_help="Export a checkpoint in float32, for plain ONNX Runtime.")(run_export)
+app.command("eval", short_help="Measure perplexity, divergence, and scores on tasks.")(run_eval)
+app.command("compare", short_help="Measure models in one run, and show them side by side.")(run_compare)
 app.command("generate")(run_generate)
-app.command("bench")(run_bench)
-app.command("inspect")(run_inspect)
-app.command("doctor")(run_doctor)
+app.command("bench", short_help="Measure prefill, decode and resident memory.")(run_bench)
+app.command("inspect", short_help="Say what is in a bundle, or what is loud in a checkpoint.")(run_inspect)
+app.command("doctor", short_help="Say what this machine has and lacks, and what a compile takes.")(run_doctor)
 app.add_typer(study_app, name="study")
 
 

@@ -17,8 +17,10 @@ app = typer.Typer(
     name="planish",
     help="Compile LLaMA checkpoints to low-bit ONNX models and TensorRT engines, and run them.",
     no_args_is_help=True,
+    # Rich would take defaults in brackets for its markup, and cut long names of options off.
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
@@ -86,7 +88,9 @@ def _print_version(wanted: bool) -> None:
 def configure(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Same as --log-level info.")] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Set up logging."""
     levels = logging.getLevelNamesMapping()

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from planish.compiler.cli.app import Output, plain_table
 from planish.compiler.cli.high_view import high_of_layer, high_table
-from planish.compiler.report.words import short, size
+from planish.compiler.report.words import runs, short, size
 from planish.passes.transforms import SITES
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def show_bundle(facts: Mapping[str, Any], engines: Mapping[str, str], out: Outpu
         {
             "model": f"{facts['model']}, {facts['layers']} layers",
             "scheme": f"{facts['scheme']}, lm_head {facts['lm_head']}",
+            **_overrides(facts),
             "linears": f"{facts['linears']} quantised, {facts['skipped']} in floating point",
             "bits per weight": (
                 f"{facts['average_bits']:.3f} linears, {facts['lm_head_bits']:.3f} lm_head; scales counted"
@@ -131,6 +132,21 @@ def show_outliers(model: str, found: Sequence["LayerOutliers"], tokens: int, out
         names = ("crest", "absmax", "absmax_rest", "peak", "q999", "kurtosis")
         table.add_row(str(each.layer), site, *(_number(each.sites[site].get(name)) for name in names))
     out.show(table)
+
+
+def _overrides(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the overrides of the recipe say, and what they made of the scheme."""
+    asked = [
+        f"{expression}: {', '.join(f'{name} {value}' for name, value in override.items() if value is not None)}"
+        for expression, override in facts["recipe"].get("overrides", {}).items()
+    ]
+    made = [
+        f"{each['format']} at {each['site']} of {'layer' if len(each['layers']) == 1 else 'layers'} "
+        f"{runs(each['layers'])}"
+        for each in facts["formats"]
+    ]
+    named = {"but for": made, "overrides": asked}
+    return {name: "; ".join(each) for name, each in named.items() if each}
 
 
 def _effort(stages: Sequence[Mapping[str, Any]]) -> dict[str, str]:

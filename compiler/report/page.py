@@ -5,7 +5,7 @@ from typing import Any
 
 import jinja2
 
-from planish.compiler.report.words import size
+from planish.compiler.report.words import runs, size
 
 __all__ = ["fill"]
 
@@ -15,7 +15,7 @@ def fill(template: str, **content: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("planish.compiler.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": _number, "size": size, "spelled": _spelled}
+    environment.filters |= {"number": _number, "runs": runs, "size": size, "spelled": _spelled}
     return environment.get_template(template).render(**content)
 
 

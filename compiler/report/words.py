@@ -1,6 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers and names as people read them."""
 
-__all__ = ["elided", "short", "size"]
+from collections.abc import Sequence
+
+__all__ = ["elided", "runs", "short", "size"]
 
 
 def size(count: float) -> str:
@@ -35,3 +37,15 @@ def elided(name: str, letters: int) -> str:
     """
     end = letters // 2
     return name if len(name) <= letters else f"{name[: letters - end - 1]}…{name[len(name) - end :]}"
+
+
+def runs(numbers: Sequence[int]) -> str:
+    """Return ascending whole numbers, those in a row by the first and the last.
+
+    Example:
+        >>> runs([0, 1, 2, 7])
+        '0-2, 7'
+    """
+    ends = [number for number in numbers if number + 1 not in numbers]
+    starts = [number for number in numbers if number - 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

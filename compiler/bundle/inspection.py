@@ -1,6 +1,7 @@
 """Say what is in a bundle, from what is truly stored in it."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from math import prod
 from typing import Any
@@ -8,12 +9,14 @@ from typing import Any
 import onnx
 
 from planish.compiler.bundle.bundle import Bundle
+from planish.passes.transforms import Site, site_of
 
-__all__ = ["Inspection", "inspect"]
+__all__ = ["Inspection", "inspect", "stored_bits"]
 
 #: Node metadata key under which the passes list the checkpoint modules that a product computes.
 _MODULES = "planish.modules"
 _LM_HEAD = "lm_head"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 #: Bits of an element of the ONNX types that a bundle stores.
 _BITS: dict[int, int] = {
@@ -106,6 +109,17 @@ def inspect(bundle: Bundle) -> Inspection:
         targets=list(manifest.targets),
         sizes=_sizes(bundle),
     )
+
+
+def stored_bits(bundle: Bundle) -> dict[tuple[int, Site], int]:
+    """Return by decoder block and site how many bits the linears there take: codes, scales, and orders of channels."""
+    found: dict[tuple[int, Site], int] = {}
+    for product in _products(onnx.load(bundle.model_path("portable"), load_external_data=False).graph):
+        layer, site = _LAYER.match(product.modules[0]), site_of(product.modules[0])
+        if layer is not None and site is not None:
+            place = int(layer[1]), site
+            found[place] = found.get(place, 0) + product.bits
+    return found
 
 
 def _products(graph: onnx.GraphProto) -> Iterator[_Product]:

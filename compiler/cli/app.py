@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -10,16 +11,16 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-__all__ = ["JsonFlag", "Output", "app"]
+__all__ = ["JsonFlag", "Output", "app", "plain_table"]
 
 app = typer.Typer(
     name="planish",
     help="Compile LLaMA checkpoints to low-bit ONNX models and TensorRT engines, and run them.",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    # As markup, the defaults in brackets, such as [auto], would be styles, and vanish.
+    # Rich would take defaults in brackets for its markup, and cut long names of options off.
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
@@ -66,6 +67,15 @@ class Output:
         if self._as_json:
             # In ASCII it can be written in every encoding, whatever a model or a path holds.
             print(json.dumps(content))
+
+
+def plain_table(title: str, columns: Sequence[str]) -> Table:
+    """Return a table without lines, to add rows to."""
+    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in columns:
+        # However narrow the terminal, what a row is about stays in one piece.
+        table.add_column(name, overflow="fold", no_wrap=not table.columns)
+    return table
 
 
 def _print_version(wanted: bool) -> None:

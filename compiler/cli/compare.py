@@ -26,22 +26,23 @@ def run_compare(
     answers: options.AnswersOption = None,
     speed: Annotated[bool, typer.Option(help="Measure prefill and decode, each model in a process of its own.")] = True,
     plot: Annotated[Path | None, typer.Option(help="Draw the comparison into this file, .svg or .png.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write tables and plots into this page, .html.")] = None,
     threads: options.ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Measure models on the same text and tasks in one run, and print them side by side."""
     from planish.compiler.compare.comparison import TaskSettings, compare_models
+    from planish.compiler.compare.page import write_page
     from planish.compiler.compare.plot import FORMATS, plot_comparison
-    from planish.compiler.compare.table import figures, label
-    from planish.compiler.optional import require
+    from planish.compiler.compare.table import figures, labels
     from planish.compiler.progress import progress_for
 
     if text is None and dataset is None:
         raise typer.BadParameter("give --text or --dataset", param_hint="--text")
-    if plot is not None:
-        if plot.suffix not in FORMATS:
-            raise typer.BadParameter(f"{plot} ends in none of {', '.join(FORMATS)}", param_hint="--plot")
-        require("matplotlib")
+    if plot is not None and plot.suffix not in FORMATS:
+        raise typer.BadParameter(f"{plot} ends in none of {', '.join(FORMATS)}", param_hint="--plot")
+    if report is not None and report.suffix != ".html":
+        raise typer.BadParameter(f"{report} does not end in .html", param_hint="--report")
     out, names = Output(json), options.task_names(tasks)
     with progress_for(sys.stderr) as progress:
         read = options.open_text(text, dataset, progress)
@@ -59,10 +60,13 @@ def run_compare(
             threads=threads,
         )
     rows = [[f"{row.name} ({row.better} is better)", *row.shown] for row in figures(found)]
-    out.table(f"on {found.text}", ["", *map(label, found.models)], rows)
+    out.table(f"on {found.text}", ["", *labels(found.models)], rows)
     if found.reference:
         out.line(f"divergence is measured from {found.reference}")
     if plot is not None:
         plot_comparison(found, plot)
         out.line(f"drawn in {plot}")
+    if report is not None:
+        write_page(found, report)
+        out.line(f"report in {report}")
     out.result(found.to_dict())

@@ -44,6 +44,20 @@ def run_compile(
         float | None, typer.Option(help="Share of the channels that are high-impact ones, instead of a budget.")
     ] = None,
     hic_bits: Annotated[int | None, typer.Option(help="Their bits: 3, 4 or 8. [4, or 8 for 4-bit schemes]")] = None,
+    hic_score: Annotated[
+        str | None, typer.Option(help="What ranks channels: damage, moment, or fisher, which is the paper's. [damage]")
+    ] = None,
+    hic_candidates: Annotated[
+        str | None,
+        typer.Option(help="Shares of the channels that are tried, such as 0,0.05,0.1. [some around the budget]"),
+    ] = None,
+    hic_weighting: Annotated[
+        bool | None,
+        typer.Option(
+            "--hic-weighting/--no-hic-weighting",
+            help="Count the error of a block by how much the model's loss depends on it. [on]",
+        ),
+    ] = None,
     rounding: Annotated[
         str | None, typer.Option("--round", help="How weights are rounded: gptq, adaround, nearest. [gptq]")
     ] = None,
@@ -107,6 +121,9 @@ def run_compile(
                 hic_policy=hic_policy,
                 hic_ratio=hic_ratio,
                 hic_bits=hic_bits,
+                hic_score=hic_score,
+                hic_candidates=None if hic_candidates is None else hic_candidates.split(","),
+                hic_weighting=hic_weighting,
                 round=rounding,
                 residual_rotation=residual_rotation,
                 dataset=dataset,

@@ -1,5 +1,6 @@
 """`planish doctor`: what this machine has, what it lacks, and what a compile of a named model would take."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,12 +21,18 @@ def run_doctor(
     target: Annotated[
         list[str] | None, typer.Option(help="With --for, ort, rtx or tensorrt; repeatable. [ort]")
     ] = None,
+    avg_bits: Annotated[
+        float | None, typer.Option(help="With --for, bits per weight that high-impact channels may use up.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Say what a compile of this recipe.yaml takes; flags win over it.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Print versions, the processor's integer instructions, GPUs, native parts, disk and missing extras."""
     from planish.compiler.doctor import diagnose
 
-    if (model is None) != (scheme is None):
+    if recipe is None and (model is None) != (scheme is None):
         raise typer.BadParameter("give a model and a scheme together", param_hint="--for, --scheme")
     out, found = Output(json), diagnose()
     cpu = found["cpu"]
@@ -42,18 +49,17 @@ def run_doctor(
     )
     for sentence in found["advice"]:
         out.line(f"- {sentence}")
-    if model is not None:
-        found["forecast"] = _forecast(
-            {"model": model, "scheme": scheme, "select": select, "targets": tuple(target) if target else None}, out
-        )
+    if model is not None or recipe is not None:
+        given = {"model": model, "scheme": scheme, "select": select, "avg_bits": avg_bits}
+        found["forecast"] = _forecast(recipe, {**given, "targets": tuple(target) if target else None}, out)
     out.result(found)
 
 
-def _forecast(given: dict[str, Any], out: Output) -> dict[str, Any]:
+def _forecast(recipe: Path | None, given: dict[str, Any], out: Output) -> dict[str, Any]:
     from planish.compiler.pipeline.forecast import forecast
     from planish.compiler.pipeline.recipe import Recipe
 
-    found = forecast(Recipe.read(**given))
+    found = forecast(Recipe.read(recipe, **given))
     parts = ", ".join(f"{part} {size(count)}" for part, count in found["sizes"].items())
     out.line("")
     out.line(f"A compile of {found['model']} in {found['scheme']} (--select {found['select']}) takes about")

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,8 +49,8 @@ def run_inspect(
     sites = [each for each in facts["sites"] if each["layer"] == layer]
     prefix = f"model.layers.{layer}."
     linears = [each for each in facts["linears_by_module"] if each["module"].startswith(prefix)]
-    show_layer(layer, sites, linears, out)
-    out.result({"layer": layer, "sites": sites, "linears": linears})
+    show_layer(layer, sites, linears, facts["high_impact"], out)
+    out.result({"layer": layer, "sites": sites, "linears": linears, "high_impact": _of_layer(facts, layer)})
 
 
 def _outliers(model: str, dataset: str | None, layer: int | None, out: Output) -> None:
@@ -80,6 +80,15 @@ def _outliers(model: str, dataset: str | None, layer: int | None, out: Output) -
 def _check_layer(layer: int, layers: int) -> None:
     if layer >= layers:
         raise typer.BadParameter(f"the model has {layers} layers, numbered from 0", param_hint="--layer")
+
+
+def _of_layer(facts: dict[str, Any], layer: int) -> dict[str, Any] | None:
+    """Return what the facts say of high-impact channels in one layer, `losses` only where they were measured."""
+    high = facts["high_impact"]
+    if high is None:
+        return None
+    here = {name: each for name in ("layers", "losses") for each in high[name] if each["layer"] == layer}
+    return {**here.pop("layers"), **here}
 
 
 def _engines(bundle: Bundle) -> dict[str, str]:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from planish.compiler.cli.app import Output
-from planish.compiler.report.words import ratio, short, size
+from planish.compiler.cli.app import Output, plain_table
+from planish.compiler.cli.high_view import high_of_layer, high_table
+from planish.compiler.report.words import ratio, runs, short, size
 from planish.passes.transforms import SITES
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def show_bundle(facts: Mapping[str, Any], engines: Mapping[str, str], out: Outpu
         {
             "model": f"{facts['model']}, {facts['layers']} layers",
             "scheme": f"{facts['scheme']}, lm_head {facts['lm_head']}",
+            **_overrides(facts),
             "linears": f"{facts['linears']} quantised, {facts['skipped']} in floating point",
             "bits per weight": (
                 f"{facts['average_bits']:.3f} linears, {facts['lm_head_bits']:.3f} lm_head; scales counted"
@@ -50,6 +52,8 @@ def show_bundle(facts: Mapping[str, Any], engines: Mapping[str, str], out: Outpu
         out.show(_accuracy(facts["held_out"]))
     if facts["choice"]:
         out.show(_sites(facts))
+    if facts["high_impact"]:
+        out.show(high_table(facts["high_impact"]))
     for notice in facts["notices"]:
         out.line(f"- {notice}")
     if facts["choice"]:
@@ -57,21 +61,25 @@ def show_bundle(facts: Mapping[str, Any], engines: Mapping[str, str], out: Outpu
 
 
 def show_layer(
-    layer: int, sites: Sequence[Mapping[str, Any]], linears: Sequence[Mapping[str, Any]], out: Output
+    layer: int,
+    sites: Sequence[Mapping[str, Any]],
+    linears: Sequence[Mapping[str, Any]],
+    high: Mapping[str, Any] | None,
+    out: Output,
 ) -> None:
-    """Show the sites and the linears of one layer, as the facts of a report have them."""
+    """Show the sites, the linears and the high-impact channels of one layer, as the facts of a report have them."""
     if sites:
-        table = _table(
+        table = plain_table(
             f"layer {layer}: sites, before -> after flattening",
             ("site", "form", "clip", "SQNR, dB", "crest", "kurtosis", "max |x|", "MFLOPs"),
         )
         for each in sites:
             found = each["evidence"]
             form = each["form"] if each["form"] == each["kind"] else f"{each['form']}, {each['kind']}"
-            high = f", {each['high']['count']} at {each['high']['bits']} bits" if "high" in each else ""
+            more = f", {each['high']['count']} at {each['high']['bits']} bits" if "high" in each else ""
             table.add_row(
                 each["site"],
-                f"{form}{high}",
+                f"{form}{more}",
                 _number(found.get("clip")),
                 _arrow(each["sqnr_unflattened_db"], each["sqnr_db"]),
                 *(
@@ -85,8 +93,11 @@ def show_layer(
             if each["measured"]:
                 errors = ", ".join(f"{form} {error:.3g}" for form, error in each["measured"].items())
                 out.line(f"{each['site']}: measured errors {errors}")
+    if high:
+        for line in high_of_layer(high, layer):
+            out.line(line)
     if linears:
-        table = _table(f"layer {layer}: linears", ("module", "format", "bits", "weight SQNR, dB"))
+        table = plain_table(f"layer {layer}: linears", ("module", "format", "bits", "weight SQNR, dB"))
         for each in linears:
             sqnr = each["weight_sqnr_db"]
             table.add_row(
@@ -103,7 +114,7 @@ def show_layer(
 def show_outliers(model: str, found: Sequence["LayerOutliers"], tokens: int, out: Output) -> None:
     """Show heavy tails of weights and crests of activations by layer, and the loudest sites in detail."""
     out.line(f"{model}: {tokens} tokens")
-    table = _table(
+    table = plain_table(
         "kurtosis of weights (robust z), and crest of activations: largest |x| of a token / RMS",
         ("layer", "q, k, v", "gate, up, down", *SITES),
     )
@@ -113,7 +124,7 @@ def show_outliers(model: str, found: Sequence["LayerOutliers"], tokens: int, out
     out.show(table)
     places = [(each, site) for each in found for site in SITES]
     loudest = sorted(places, key=lambda place: -place[0].sites[place[1]].get("crest", 0.0))[:_LOUDEST]
-    table = _table(
+    table = plain_table(
         "the loudest sites",
         ("layer", "site", "crest", "max |x|", "but first tokens", "/ median", "99.9 %", "kurtosis"),
     )
@@ -121,6 +132,21 @@ def show_outliers(model: str, found: Sequence["LayerOutliers"], tokens: int, out
         names = ("crest", "absmax", "absmax_rest", "peak", "q999", "kurtosis")
         table.add_row(str(each.layer), site, *(_number(each.sites[site].get(name)) for name in names))
     out.show(table)
+
+
+def _overrides(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the overrides of the recipe say, and what they made of the scheme."""
+    asked = [
+        f"{expression}: {', '.join(f'{name} {value}' for name, value in override.items() if value is not None)}"
+        for expression, override in facts["recipe"].get("overrides", {}).items()
+    ]
+    made = [
+        f"{each['format']} at {each['site']} of {'layer' if len(each['layers']) == 1 else 'layers'} "
+        f"{runs(each['layers'])}"
+        for each in facts["formats"]
+    ]
+    named = {"but for": made, "overrides": asked}
+    return {name: "; ".join(each) for name, each in named.items() if each}
 
 
 def _effort(stages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -133,7 +159,7 @@ def _effort(stages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _accuracy(held_out: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("held-out text", ("model", "perplexity", "KL from float, nats"))
+    table = plain_table("held-out text", ("model", "perplexity", "KL from float, nats"))
     for row in held_out:
         table.add_row(row["model"], _number(row["perplexity"]), _number(row["divergence"]))
     return table
@@ -141,7 +167,7 @@ def _accuracy(held_out: Sequence[Mapping[str, Any]]) -> Table:
 
 def _sites(facts: Mapping[str, Any]) -> Table:
     """Return a row per site: its forms, and its errors before and after, in the mean over layers and at the worst."""
-    table = _table(
+    table = plain_table(
         f"sites ({facts['choice']['policy']}): before -> after flattening, mean of layers",
         ("site", "forms", "SQNR, dB", "worst layer", "crest"),
     )
@@ -160,14 +186,6 @@ def _sites(facts: Mapping[str, Any]) -> Table:
                 _mean(each["evidence"].get("crest_after") for each in here),
             ),
         )
-    return table
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in columns:
-        # However narrow the terminal, what a row is about stays in one piece.
-        table.add_column(name, overflow="fold", no_wrap=not table.columns)
     return table
 
 

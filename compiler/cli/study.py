@@ -25,7 +25,7 @@ def study() -> None:
     """Measure what a choice of the compiler is worth on a model."""
 
 
-@study_app.command("selection")
+@study_app.command("selection", short_help="Compare the selection policies on a model.")
 def run_study_selection(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file, Hub id, or smollm2.")],
     scheme: Annotated[str, typer.Option(help="Bits per tensor role, such as w4a4k4v4.")],

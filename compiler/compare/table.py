@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from planish.compiler.compare.comparison import Compared, Comparison
 from planish.compiler.harness.tasks import Score, mean_score
 
-__all__ = ["Figure", "figures", "label", "score_text"]
+__all__ = ["Figure", "Topic", "figures", "labels", "score_text"]
+
+#: What a figure tells of a model.
+Topic = Literal["size", "accuracy", "tasks", "speed"]
 
 #: Name, which is better, the field of `Side`, and how it is shown.
 _SPEEDS = (
@@ -27,23 +31,27 @@ class Figure:
         better: `lower` or `higher`; empty where neither is.
         values: of each model, NaN-free; None where it was not measured.
         shown: the same in words, with standard errors.
+        topic: what it tells of them.
+        errors: standard errors of the values; None where there is none.
     """
 
     name: str
     better: str
     values: list[float | None]
     shown: list[str]
+    topic: Topic
+    errors: list[float | None]
 
 
 def figures(comparison: Comparison) -> list[Figure]:
     """Return what was measured of at least one model, in the order of size, accuracy, speed."""
     models = comparison.models
     rows = [
-        _figure("weights, MB", "lower", models, lambda each: each.weight_bytes / 1e6, "{:.1f}"),
-        _figure("bits per weight", "lower", models, lambda each: each.average_bits, "{:.3f}"),
-        _figure("perplexity", "lower", models, lambda each: each.evaluation.perplexity, "{:.3f}"),
-        _figure("KL from the reference, nats", "lower", models, lambda each: each.evaluation.kl, "{:.5f}"),
-        _figure("same likeliest token", "higher", models, lambda each: each.evaluation.agreement, "{:.2%}"),
+        _figure("weights, MB", "lower", "size", models, lambda each: each.weight_bytes / 1e6, "{:.1f}"),
+        _figure("bits per weight", "lower", "size", models, lambda each: each.average_bits, "{:.3f}"),
+        _figure("perplexity", "lower", "accuracy", models, lambda each: each.evaluation.perplexity, "{:.3f}"),
+        _figure("KL from the reference, nats", "lower", "accuracy", models, lambda each: each.evaluation.kl, "{:.5f}"),
+        _figure("same likeliest token", "higher", "accuracy", models, lambda each: each.evaluation.agreement, "{:.2%}"),
     ]
     for task in models[0].scores:
         metric = models[0].scores[task].main
@@ -51,14 +59,25 @@ def figures(comparison: Comparison) -> list[Figure]:
     if len(models[0].scores) > 1:
         rows.append(_scores("mean of the tasks", [mean_score(each.scores) for each in models]))
     for name, better, field, form in _SPEEDS:
-        rows.append(_figure(name, better, models, functools.partial(_speed, field), form))
+        rows.append(_figure(name, better, "speed", models, functools.partial(_speed, field), form))
     return [row for row in rows if any(value is not None for value in row.values)]
 
 
-def label(model: Compared) -> str:
-    """Return a short name of a model: the last part of its path, and its format unless that is the same."""
-    name = Path(model.name).name
-    return name if name == model.format else f"{name} ({model.format})"
+def labels(models: Sequence[Compared]) -> list[str]:
+    """Return a short name of each model, no two alike.
+
+    It is the last part of its path, and its format unless that is the same; the whole path where others have the same
+    name, and a number behind it where a model was given twice.
+    """
+    names = [_label(Path(model.name).name, model.format) for model in models]
+    names = [
+        name if names.count(name) == 1 else _label(model.name, model.format)
+        for name, model in zip(names, models, strict=True)
+    ]
+    return [
+        name if names.count(name) == 1 else f"{name} #{names[: place + 1].count(name)}"
+        for place, name in enumerate(names)
+    ]
 
 
 def score_text(score: Score) -> str:
@@ -66,11 +85,21 @@ def score_text(score: Score) -> str:
     return f"{score.value:.4f}" + (f" ± {score.stderr:.4f}" if score.stderr is not None else "")
 
 
+def _label(name: str, form: str) -> str:
+    return name if name == form else f"{name} ({form})"
+
+
 def _figure(
-    name: str, better: str, models: list[Compared], value_of: Callable[[Compared], float | None], form: str
+    name: str,
+    better: str,
+    topic: Topic,
+    models: list[Compared],
+    value_of: Callable[[Compared], float | None],
+    form: str,
 ) -> Figure:
     values = [value_of(model) for model in models]
-    return Figure(name, better, values, ["" if value is None else form.format(value) for value in values])
+    shown = ["" if value is None else form.format(value) for value in values]
+    return Figure(name, better, values, shown, topic, [None] * len(values))
 
 
 def _speed(field: str, model: Compared) -> float | None:
@@ -79,4 +108,7 @@ def _speed(field: str, model: Compared) -> float | None:
 
 def _scores(name: str, scores: list[Score]) -> Figure:
     better = "lower" if "perplexity" in name else "higher"
-    return Figure(name, better, [score.value for score in scores], [score_text(score) for score in scores])
+    values: list[float | None] = [score.value for score in scores]
+    return Figure(
+        name, better, values, [score_text(each) for each in scores], "tasks", [each.stderr for each in scores]
+    )

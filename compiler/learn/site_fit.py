@@ -49,11 +49,13 @@ class HighCount:
         bits: of their weight codes.
         count: how many.
         row_weights: what an error of each output of the site's linears, stacked, counts, float32 [out]; None is alike.
+        by_rounding: whether it counts how far weights are from what they are rounded to.
     """
 
     bits: int
     count: int
     row_weights: Tensor | None = None
+    by_rounding: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +141,7 @@ class SiteFit:
         high = self.high
         if isinstance(high, HighCount):
             moment = (token_weights[:, None] * first.square()).mean(0)
-            high = HighImpact(high.bits, _ranked(weight, moment, high.row_weights, form), high.count)
+            high = HighImpact(high.bits, _ranked(weight, moment, high, form), high.count)
         if not self.steps.clips:
             return 1.0, high
         x, token_weights = first[:_CLIP_ROWS], token_weights[:_CLIP_ROWS]
@@ -189,19 +191,23 @@ class SiteFit:
             yield x, residual_weights(self.outputs[part]) if weighs else torch.ones(len(x), device=x.device)
 
 
-def _ranked(weight: Tensor, moment: Tensor, row_weights: Tensor | None, form: LinearFormat) -> Channels:
-    """Return the input channels of a weight, those whose rounding costs most first, int64 [in].
+def _ranked(weight: Tensor, moment: Tensor, high: HighCount, form: LinearFormat) -> Channels:
+    """Return the input channels of a weight, those that matter most first, int64 [in].
 
-    That is sum_i f_i E[x_j^2] (W_ij - Q_ij)^2, the Fisher information in the factors that K-FAC (arXiv 1503.05671)
-    takes it apart into: f of outputs, which no transform of the inputs changes, and E[x^2] of inputs as they are now.
+    That is by what their rounding costs, sum_i f_i E[x_j^2] (W_ij - Q_ij)^2, the Fisher information in the factors that
+    K-FAC (arXiv 1503.05671) takes it apart into: f of outputs, which no transform of the inputs changes, and E[x^2] of
+    inputs as they are now. Without the rounding it is the sum of the information itself, sum_i f_i E[x_j^2], and f
+    multiplies all channels alike.
 
     Args:
         weight: float32 [out, in].
         moment: E[x^2], float32 [in].
-        row_weights: f, [out]; None is 1.
-        form: what it is rounded to.
+        high: what counts.
+        form: what the weight is rounded to.
     """
+    if not high.by_rounding:
+        return torch.argsort(moment, descending=True, stable=True).cpu().numpy()
     lost = (weight - dequantize_weight(quantize_weight(weight, form))).square()
-    if row_weights is not None:
-        lost = lost * row_weights.to(lost)[:, None]
+    if high.row_weights is not None:
+        lost = lost * high.row_weights.to(lost)[:, None]
     return torch.argsort(moment * lost.sum(0), descending=True, stable=True).cpu().numpy()

@@ -65,6 +65,9 @@ def compile_model(
     hic_policy: str | None = None,
     hic_ratio: float | None = None,
     hic_bits: int | None = None,
+    hic_score: str | None = None,
+    hic_candidates: Sequence[float | str] | None = None,
+    hic_weighting: bool | None = None,
     round: str | None = None,
     residual_rotation: bool | None = None,
     dataset: str | None = None,
@@ -104,6 +107,9 @@ def compile_model(
         hic_policy: see `Recipe`.
         hic_ratio: see `Recipe`.
         hic_bits: see `Recipe`.
+        hic_score: see `Recipe`.
+        hic_candidates: see `Recipe`; numbers as text are read.
+        hic_weighting: see `Recipe`.
         round: see `Recipe`.
         residual_rotation: see `Recipe`.
         dataset: see `Recipe`.
@@ -144,6 +150,9 @@ def compile_model(
         hic_policy=hic_policy,
         hic_ratio=hic_ratio,
         hic_bits=hic_bits,
+        hic_score=hic_score,
+        hic_candidates=hic_candidates,
+        hic_weighting=hic_weighting,
         round=round,
         residual_rotation=residual_rotation,
         dataset=dataset,

@@ -5,18 +5,17 @@ rough.
 """
 
 import dataclasses
-from collections.abc import Callable
-from math import prod
 
 from planish.compiler.calibrate.settings import SELF
 from planish.compiler.checkpoint.config import LlamaConfig
-from planish.compiler.checkpoint.tensors import expected_tensors
 from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.hadamard import split_width
 from planish.compiler.pipeline.recipe import Recipe, Target
+from planish.compiler.pipeline.stored_weights import FOR_ENGINES, FOR_ORT, PACKED, HighShares, blocks_bytes, model_bytes
 from planish.compiler.select.forms import form_of
+from planish.compiler.select.high_channels import SEQUENCES, HighPolicy
 from planish.compiler.select.policy import SelectionPolicy, linear_flops
-from planish.passes.scheme import LinearFormat, Scheme
+from planish.passes.scheme import Scheme
 from planish.passes.transforms import Kind, Site
 
 __all__ = ["Estimate", "Work", "estimate", "unasked_polish"]
@@ -26,12 +25,13 @@ __all__ = ["Estimate", "Work", "estimate", "unasked_polish"]
 _PORTABLE_GRAPH, _ORT_GRAPH = (12_000, 6_000, 2_000, 1_000, 2_600), (10_000, 6_000, 7_000, 20_000, 7_000)
 #: Bytes of plan and report, of any and per decoder block: rounded to nearest, and flattened.
 _ROUNDED_RECORDS, _FLAT_RECORDS = (34_000, 4_600), (315_000, 24_000)
-#: Channels that share a scale in MatMulNBits where a whole output channel has one.
-_BLOCK = 128
 #: How many times the bytes of its ONNX file an engine takes, with kernels for three generations of GPUs.
 _ENGINE = 1.1
 #: Work in passes of the calibration text through the linears, measured on SmolLM2 with 16 x 512 tokens.
 _PASSES_TO_MEASURE, _PASSES_TO_FLATTEN, _PASSES_TO_POLISH, _PASSES_TO_WRITE = 20.0, 14.5, 5.4, 4.0
+#: The same to fit transforms that high-impact channels are chosen behind; and in passes of the sequences that these are
+#: chosen on, to find how much depends on each channel, and what numbers of them cost.
+_PASSES_TO_FIT, _PASSES_TO_RANK, _PASSES_TO_SOLVE = 5.0, 9.2, 68.0
 #: Seconds of any compile, and per weight that is rounded, and that is flattened: likewise.
 _SECONDS, _SECONDS_ROUNDED, _SECONDS_FLAT = 10.0, 2.5e-7, 2e-7
 #: Epochs of polishing, and the most weights of linears for which it is done unasked: 4 GB of float32.
@@ -51,6 +51,7 @@ class Work:
         polish: epochs of polishing.
         writes_text: whether the model writes its calibration text itself.
         targets: what is lowered to.
+        high: how high-impact channels are chosen; None is not at all.
     """
 
     policy: SelectionPolicy
@@ -59,6 +60,7 @@ class Work:
     polish: int
     writes_text: bool
     targets: tuple[Target, ...]
+    high: HighPolicy | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, config: LlamaConfig) -> "Work":
@@ -66,7 +68,7 @@ class Work:
 
         Raises:
             CalibrationError: if the recipe's calibration cannot be.
-            SelectionError: if its policy cannot be.
+            SelectionError: if its policy, or its high-impact channels, cannot be.
         """
         calibration = recipe.calibration(config.max_context)
         polish = unasked_polish(config) if recipe.polish is None else recipe.polish
@@ -77,6 +79,7 @@ class Work:
             polish,
             calibration.dataset == SELF,
             recipe.targets,
+            recipe.parsed_high_policy(),
         )
 
 
@@ -110,17 +113,33 @@ def estimate(config: LlamaConfig, scheme: Scheme, work: Work) -> Estimate:
     """Return what a compile of a model with this config takes.
 
     Which forms `measured` and `auto` choose is not known before; they are taken for affine maps, which is what their
-    budget allows.
+    budget allows. Nor is how many high-impact channels each site gets: they are taken for the same share everywhere,
+    as much as the budget allows.
+
+    Args:
+        config: of the model.
+        scheme: with the formats that overrides ask for.
+        work: what there is to do.
+
+    Raises:
+        SelectionError: if the budget of high-impact channels is below what low bits take.
     """
+    high = None if work.high is None else HighShares.of(config, scheme.linear, work.high)
     layers = config.num_hidden_layers
     stored, online = _transform_entries(config, work.policy)
     flat = work.policy.name != "none"
-    sizes = {"portable": _weights(config, scheme, _packed) + 4 * online + _graph(_PORTABLE_GRAPH, layers, scheme, flat)}
+    sizes = {
+        "portable": model_bytes(config, scheme, PACKED, high)
+        + 4 * online
+        + _graph(_PORTABLE_GRAPH, layers, scheme, flat)
+    }
     for target in work.targets:
         if target == "ort":
-            sizes[target] = _weights(config, scheme, _for_ort) + 4 * online + _graph(_ORT_GRAPH, layers, scheme, flat)
+            sizes[target] = (
+                model_bytes(config, scheme, FOR_ORT, high) + 4 * online + _graph(_ORT_GRAPH, layers, scheme, flat)
+            )
         else:
-            sizes[target] = int((1 + _ENGINE) * (_weights(config, scheme, _for_engines) + 2 * online))
+            sizes[target] = int((1 + _ENGINE) * (model_bytes(config, scheme, FOR_ENGINES, high) + 2 * online))
     if stored:
         sizes["transforms"] = 4 * stored
     records, of_layer = _FLAT_RECORDS if flat else _ROUNDED_RECORDS
@@ -129,7 +148,7 @@ def estimate(config: LlamaConfig, scheme: Scheme, work: Work) -> Estimate:
     return Estimate(
         sizes,
         bundle,
-        bundle + _working(config, scheme, work, stored),
+        bundle + _working(config, scheme, work, stored, high),
         _memory(config, work, stored),
         _flops(config, work),
         linear_flops(config) // 2,
@@ -146,43 +165,6 @@ def _graph(sizes: tuple[int, ...], layers: int, scheme: Scheme, flat: bool) -> i
     integers = not (scheme.linear.is_float or scheme.linear.weight_only)
     has = (integers, scheme.quantizes_cache, flat)
     return whole + layers * (block + sum(extra for extra, there in zip(more, has, strict=True) if there))
-
-
-def _weights(config: LlamaConfig, scheme: Scheme, stored: Callable[[LinearFormat, int, int], int]) -> int:
-    """Return the bytes of all weights, given those of a linear of a format, output channels and input channels."""
-    total = 0
-    for name, shape in expected_tensors(config).items():
-        if name == "model.embed_tokens.weight":
-            total += prod(shape) * (4 if scheme.linear.is_float else 2)
-        elif name.endswith("_proj.weight"):
-            total += stored(scheme.linear, *shape)
-        elif name != "lm_head.weight":
-            total += 4 * prod(shape)
-    # In floating point, a tied output projection reads the embeddings.
-    if not (scheme.lm_head.is_float and config.tie_word_embeddings):
-        total += stored(scheme.lm_head, config.vocab_size, config.hidden_size)
-    return total
-
-
-def _packed(form: LinearFormat, rows: int, k: int) -> int:
-    if form.is_float:
-        return 4 * rows * k
-    return rows * (-(-k * form.weight_bits // 8) + form.groups(k) * form.scale_bits // 8)
-
-
-def _for_ort(form: LinearFormat, rows: int, k: int) -> int:
-    if form.is_float:
-        return 4 * rows * k
-    if not form.weight_only:
-        return rows * (k + 4 * form.groups(k))
-    block = form.group if form.group is not None and form.group < k else _BLOCK
-    return rows * -(-k // block) * (block * max(form.weight_bits, 4) // 8 + 4)
-
-
-def _for_engines(form: LinearFormat, rows: int, k: int) -> int:
-    if form.is_float:
-        return 2 * rows * k
-    return rows * (k * (4 if form.weight_bits <= 4 else 8) // 8 + 2 * form.groups(k))
 
 
 def _transform_entries(config: LlamaConfig, policy: SelectionPolicy) -> tuple[int, int]:
@@ -215,15 +197,11 @@ def _factor_entries(form: Form, width: int) -> tuple[int, int]:
     return 0, width * size + (blocks * blocks if blocks > 1 else 0)
 
 
-def _working(config: LlamaConfig, scheme: Scheme, work: Work, stored: int) -> int:
+def _working(config: LlamaConfig, scheme: Scheme, work: Work, stored: int, high: HighShares | None) -> int:
     """Return the bytes of what lies beside the bundle until the end: codes, hidden states, transforms by block."""
     if scheme.linear.is_float:
         return 0
-    codes = sum(
-        _packed(scheme.linear, *shape)
-        for name, shape in expected_tensors(config).items()
-        if name.endswith("_proj.weight")
-    )
+    codes = blocks_bytes(config, scheme, PACKED, high)
     if work.policy.name == "none":
         return codes
     # Two streams into a block and two out of it; codes, and those that polishing starts from; its state is four times
@@ -254,4 +232,8 @@ def _flops(config: LlamaConfig, work: Work) -> float:
     measures = work.policy.name in ("measured", "auto")
     passes = _PASSES_TO_FLATTEN + _PASSES_TO_POLISH * work.polish
     passes += (_PASSES_TO_MEASURE if measures else 0) + (_PASSES_TO_WRITE if work.writes_text else 0)
-    return passes * linear_flops(config) * float(work.nsamples * work.seqlen)
+    sequences = passes * work.nsamples
+    if work.high is not None:
+        ranked = _PASSES_TO_RANK + (_PASSES_TO_SOLVE if work.high.name == "solved" else 0)
+        sequences += _PASSES_TO_FIT * work.nsamples + ranked * min(work.nsamples, SEQUENCES)
+    return sequences * linear_flops(config) * float(work.seqlen)

@@ -15,6 +15,7 @@ from planish.compiler.checkpoint.hub import hub_config
 from planish.compiler.pipeline.estimate import Work, estimate
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.report.words import size
+from planish.compiler.select.overrides import override_scheme, resolve_overrides
 
 __all__ = ["forecast"]
 
@@ -36,6 +37,8 @@ def forecast(recipe: Recipe, folder: Path = Path()) -> dict[str, Any]:
     scheme, config = recipe.parsed_scheme(), _config(recipe.model)
     if recipe.num_layers is not None:
         config = config.with_num_layers(recipe.num_layers)
+    # Overrides of transforms alone name sites too, and are checked with the others.
+    scheme = override_scheme(scheme, resolve_overrides(recipe.overrides, config.num_hidden_layers))
     found = estimate(config, scheme, Work.of(recipe, config))
     free, memory = shutil.disk_usage(folder).free, psutil.virtual_memory().total
     lacks = []

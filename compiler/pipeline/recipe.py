@@ -15,9 +15,10 @@ from planish.compiler.errors import CalibrationError, RecipeError, SelectionErro
 from planish.compiler.learn.device import device_kind
 from planish.compiler.learn.segments import Rounding
 from planish.compiler.pipeline.recipe_file import RecipeFile
-from planish.compiler.select.high_channels import HighPolicy, RankScore
+from planish.compiler.select.high_channels import HighPolicy
 from planish.compiler.select.overrides import SiteOverride
 from planish.compiler.select.policy import SelectionPolicy
+from planish.compiler.select.sensitivity import Score
 from planish.passes.scheme import Scheme
 
 __all__ = ["TARGETS", "Recipe", "Target"]
@@ -68,8 +69,8 @@ class Recipe(BaseModel):
     """Of the weights of high-impact channels; None is 4, or 8 where the scheme has 4."""
     hic_candidates: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] | None = None
     """Shares that `solved` tries; None is some around what the budget allows."""
-    hic_score: RankScore = "damage"
-    """What ranks channels: `damage` or `moment`, see `Score`."""
+    hic_score: Score = "damage"
+    """What ranks channels: `damage`, `moment`, or `fisher`, the score of arXiv 2511.17801; see `Score`."""
     hic_weighting: bool = True
     """Whether a block's loss counts by how much the model's loss depends on its output."""
     round: Rounding = "gptq"
@@ -190,7 +191,8 @@ class Recipe(BaseModel):
             SelectionError: if settings contradict each other, or ask for channels where nothing is flattened.
         """
         if self.avg_bits is None and self.hic_ratio is None:
-            if self.hic_policy or self.hic_bits or self.hic_candidates:
+            others = self.hic_policy, self.hic_bits, self.hic_candidates, self.hic_score != "damage"
+            if any(others) or not self.hic_weighting:
                 raise SelectionError(
                     "High-impact channels need a number: give --avg-bits, or --hic-ratio, or leave out the other "
                     "settings of theirs."
@@ -202,6 +204,12 @@ class Recipe(BaseModel):
             )
         if self.hic_ratio is not None and self.hic_policy == "solved":
             raise SelectionError("A ratio leaves nothing to solve. Give --avg-bits instead, or leave out --hic-policy.")
+        fixed = self.hic_ratio is not None or self.hic_policy == "fixed"
+        if fixed and (self.hic_candidates or not self.hic_weighting):
+            raise SelectionError(
+                "Candidates and weights of blocks are what the policy solved goes by, and a share that is fixed tries "
+                "nothing. Leave out --hic-candidates and --no-hic-weighting, or give --avg-bits alone."
+            )
         if self.high_impact is not None:
             raise SelectionError(
                 f"{self.high_impact} says which channels are high. Leave it out, or --avg-bits and --hic-ratio."

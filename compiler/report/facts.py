@@ -5,18 +5,20 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from planish.compiler.bundle.bundle import Bundle
-from planish.compiler.bundle.inspection import inspect
+from planish.compiler.bundle.inspection import inspect, stored_bits
 from planish.compiler.bundle.layout import PLAN_FILE, RECIPE_FILE
 from planish.compiler.checkpoint.tensors import expected_tensors
+from planish.compiler.report.high_channels import high_facts
 from planish.compiler.report.notices import notices
 from planish.compiler.report.run_record import RunRecord
 from planish.compiler.report.verdict import judge
+from planish.passes.transforms import Site, site_of
 
 __all__ = ["CONTEXTS", "gather"]
 
@@ -24,6 +26,7 @@ __all__ = ["CONTEXTS", "gather"]
 CONTEXTS = (4096, 32768)
 
 _RULE = re.compile(r"kurtosis:(?P<mode>z|raw|topm)=(?P<attn>[^,:]+),(?P<ffn>[^,:]+)")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _ERROR_OF = "error of "
 
 
@@ -31,12 +34,13 @@ def gather(bundle: Bundle, run: RunRecord) -> dict[str, Any]:
     """Return the content of report.json.
 
     Beside the fields of `Inspection` and `RunRecord` it holds `checkpoint` and `planish_version`; `float16_bytes`, what
-    the checkpoint takes in float16; `held_out`, a row per
-    model that was measured on held-out text (`cross_entropy` and `divergence` in nats per token, `perplexity`, null
-    where not measured); `cache`, bytes at several lengths of context, and of a float16 cache; `sites`, what
-    plan.json has for each site, with `sqnr_db` = -10 log10(error) after and, under `sqnr_unflattened_db`, before, and
-    the `measured` errors of forms; `linears` and `left_float` of plan.json; `choice`, how forms were chosen; `engines`;
-    `recipe`; `notices`, what fell back or was skipped, a sentence each; and `verdict`.
+    the checkpoint takes in float16; `held_out`, a row per model that was measured on held-out text (`cross_entropy` and
+    `divergence` in nats per token, `perplexity`, null where not measured); `cache`, bytes at several lengths of
+    context, and of a float16 cache; `sites`, what plan.json has for each site, with `sqnr_db` = -10 log10(error) after
+    and, under `sqnr_unflattened_db`, before, and the `measured` errors of forms; `linears_by_module` and `left_float`
+    of plan.json; `formats`, those of linears that overrides gave another than the scheme; `choice`, how forms were
+    chosen; `high_impact`, see `high_facts`; `engines`; `recipe`; `notices`, what fell back or was skipped, a sentence
+    each; and `verdict`.
 
     Args:
         bundle: its manifest needs no file records yet.
@@ -52,9 +56,11 @@ def gather(bundle: Bundle, run: RunRecord) -> dict[str, Any]:
         "float16_bytes": 2 * sum(math.prod(shape) for shape in expected_tensors(bundle.config).values()),
         "held_out": _held_out(transforms or plan),
         "sites": sites,
+        "formats": _formats(str(bundle.scheme.linear), plan.get("linears", [])),
         "linears_by_module": plan.get("linears", []),
         "left_float": plan.get("left_float", []),
         "choice": _choice(transforms, sites),
+        "high_impact": high_facts(plan.get("linears", []), stored_bits(bundle), transforms.get("high_impact")),
         "polish": transforms.get("polish"),
         "fallback": plan.get("fallback"),
         "engines": engines,
@@ -65,6 +71,16 @@ def gather(bundle: Bundle, run: RunRecord) -> dict[str, Any]:
     facts["notices"] = notices(facts)
     facts["verdict"] = judge(facts)
     return facts
+
+
+def _formats(of_scheme: str, linears: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return format, site and layers of the linears that have another format than that."""
+    found: dict[tuple[str, Site], set[int]] = {}
+    for linear in linears:
+        layer, site = _LAYER.match(linear["module"]), site_of(linear["module"])
+        if layer is not None and site is not None and linear["format"] != of_scheme:
+            found.setdefault((linear["format"], site), set()).add(int(layer[1]))
+    return [{"format": form, "site": site, "layers": sorted(layers)} for (form, site), layers in found.items()]
 
 
 def _json(bundle: Bundle, name: str) -> dict[str, Any]:

@@ -1,25 +1,13 @@
 """The plots of a report, each with the table that says the same."""
 
-import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from planish.compiler.report.svg import AFTER, BEFORE, INK, LINES, MARK, drawing_style, inline_svg, new_figure
-from planish.compiler.report.words import short
+from planish.compiler.report.drawing import EMPTY, FILLED, HATCHED, Plot, Row, bars, layers_across
+from planish.compiler.report.high_plots import high_plots
+from planish.compiler.report.svg import AFTER, BEFORE, INK, MARK, drawing_style, inline_svg, new_figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-__all__ = ["Plot", "draw_plots"]
-
-Row = tuple[str | int | float | None, ...]
-
-#: What stands before and after flattening: they differ in filling and outline, not in colour alone.
-_BEFORE: dict[str, Any] = {"color": "none", "edgecolor": BEFORE, "linewidth": 1.2, "hatch": "////"}
-_AFTER: dict[str, Any] = {"color": AFTER}
-#: Above this ratio of the largest bar to the smallest, bars would hide each other on a linear axis.
-_LINEAR = 20.0
+__all__ = ["draw_plots"]
 
 _SITE_NAMES = {
     "attn_in": "attn_in: input of q, k, v",
@@ -29,25 +17,6 @@ _SITE_NAMES = {
     "key": "key: cached keys",
     "value": "value: cached values",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Plot:
-    """One plot and its numbers.
-
-    Attributes:
-        title: what it shows, in some words.
-        svg: an svg element.
-        note: how to read it, in a sentence or two.
-        header: of the table.
-        rows: of the table; None is a number that there is none of.
-    """
-
-    title: str
-    svg: str
-    note: str
-    header: tuple[str, ...]
-    rows: list[Row]
 
 
 def draw_plots(facts: Mapping[str, Any]) -> dict[str, list[Plot]]:
@@ -63,27 +32,9 @@ def draw_plots(facts: Mapping[str, Any]) -> dict[str, list[Plot]]:
             "outliers": [_channels(number, each) for number, each in enumerate(facts["loud"])],
             "errors": _errors(facts["sites"]),
             "kurtosis": _kurtosis(facts),
+            "high": high_plots(facts["high_impact"]),
             "time": _stages(facts["stages"]),
         }
-
-
-def _bars(name: str, title: str, values: Mapping[str, float], unit: str, styles: Sequence[Mapping[str, Any]]) -> str:
-    """Draw a bar across for each of `values`, its number behind it."""
-    figure, (axes,) = new_figure(0.55 + 0.3 * len(values))
-    wide = max(values.values()) > _LINEAR * min(values.values()) > 0
-    for place, (value, style) in enumerate(zip(values.values(), itertools.cycle(styles))):
-        axes.barh(place, value, height=0.62, **style)
-        axes.annotate(short(value), (value, place), (4, 0), textcoords="offset points", va="center", color=INK)
-    if wide:
-        axes.set_xscale("log")
-    axes.margins(x=0.16)
-    axes.set_yticks(range(len(values)), list(values))
-    axes.invert_yaxis()
-    axes.grid(False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(f"{unit} (logarithmic)" if wide else unit)
-    said = "; ".join(f"{label}: {short(value)} {unit}" for label, value in values.items())
-    return inline_svg(figure, name, title, f"Bars. {said}.")
 
 
 def _accuracy(held_out: Sequence[Mapping[str, Any]]) -> list[Plot]:
@@ -91,11 +42,11 @@ def _accuracy(held_out: Sequence[Mapping[str, Any]]) -> list[Plot]:
     if not values:
         return []
     title = "Perplexity on held-out text"
-    styles = [_AFTER if "flattened" in label else {**_BEFORE, "hatch": ""} for label in values]
+    styles = [FILLED if "flattened" in label else EMPTY for label in values]
     return [
         Plot(
             title,
-            _bars("accuracy", title, values, "perplexity", styles),
+            bars("accuracy", title, values, "perplexity", styles),
             "Lower is better. The text is the part of the calibration text that nothing was fitted to.",
             ("model", "perplexity", "cross entropy, nats", "KL divergence from float, nats"),
             [tuple(row[name] for name in ("model", "perplexity", "cross_entropy", "divergence")) for row in held_out],
@@ -109,7 +60,7 @@ def _sizes(facts: Mapping[str, Any]) -> Plot:
     values = {"float16 checkpoint": facts["float16_bytes"] / 1e6, **{name: size / 1e6 for name, size in parts.items()}}
     return Plot(
         title,
-        _bars("sizes", title, values, "MB", [{**_BEFORE, "hatch": ""}, *[_AFTER] * len(parts)]),
+        bars("sizes", title, values, "MB", [EMPTY, *[FILLED] * len(parts)]),
         "What one form of the model takes; a deployment needs one of the filled bars.",
         ("part", "MB"),
         [*values.items(), ("the whole bundle", facts["sizes"]["total"] / 1e6)],
@@ -124,7 +75,7 @@ def _cache(cache: Sequence[Mapping[str, int]]) -> Plot:
         values[f"{each['tokens']:,} tokens, here"] = each["bytes"] / 1e6
     return Plot(
         title,
-        _bars("cache", title, values, "MB", [{**_BEFORE, "hatch": ""}, _AFTER]),
+        bars("cache", title, values, "MB", [EMPTY, FILLED]),
         "Grows with every token of context, and with every sequence that is served at once.",
         ("tokens", "float16, MB", "here, MB"),
         [(each["tokens"], each["float16_bytes"] / 1e6, each["bytes"] / 1e6) for each in cache],
@@ -181,11 +132,11 @@ def _errors(sites: Sequence[Mapping[str, Any]]) -> list[Plot]:
         figure, (axes,) = new_figure(2.0)
         layers = [each["layer"] for each in here]
         before = [each["sqnr_unflattened_db"] for each in here]
-        axes.bar(layers, [each["sqnr_db"] for each in here], width=0.78, label="flattened", **_AFTER)
+        axes.bar(layers, [each["sqnr_db"] for each in here], width=0.78, label="flattened", **FILLED)
         if None not in before:
             axes.step(layers, before, where="mid", color=INK, linewidth=1.4, label="not flattened")
             axes.plot(layers, before, linestyle="none", marker="_", color=INK, markersize=5)
-        _layers_across(axes)
+        layers_across(axes)
         axes.set_ylabel("SQNR, dB")
         figure.legend(loc="outside upper left", ncols=2)
         worst = min(here, key=lambda each: each["sqnr_db"])
@@ -221,9 +172,9 @@ def _kurtosis(facts: Mapping[str, Any]) -> list[Plot]:
         here = [each for each in facts["sites"] if each["site"] == site and "z" in each["evidence"]]
         figure, (axes,) = new_figure(2.0)
         for each in here:
-            style = _AFTER if each["kind"] == "affine" else _BEFORE
+            style = FILLED if each["kind"] == "affine" else HATCHED
             axes.bar(each["layer"], each["evidence"][compared], width=0.78, **style)
-        _layers_across(axes)
+        layers_across(axes)
         note = "Filled bars are affine, hatched ones rotations."
         if rule["mode"] != "topm":
             axes.axhline(rule[group], color=MARK, linestyle="--", linewidth=1.4)
@@ -251,19 +202,9 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> list[Plot]:
     return [
         Plot(
             title,
-            _bars("time", title, values, "seconds", [_AFTER]),
+            bars("time", title, values, "seconds", [FILLED]),
             "Of all runs together, where one was killed and resumed.",
             ("stage", "seconds", "peak memory, MB"),
             figure_rows,
         )
     ]
-
-
-def _layers_across(axes: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.axhline(0, color=LINES, linewidth=0.8)
-    axes.margins(x=0.01)
-    axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(False, axis="x")

@@ -90,6 +90,8 @@ def inline_svg(figure: "Figure", name: str, title: str, description: str) -> str
         body = body.replace(colour, f"var(--{variable})")
     # Fonts are those of the page; sizes are in units of the drawing, and matplotlib writes them in pixels.
     body = re.sub(r"font(?:-family)?: ?([0-9.]+px)?[^;\"]*(?=[;\"])", _font, body)
+    # What matplotlib indents by is a fifth of a plot.
+    body = re.sub(r"\n +", "\n", body)
     labels = f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(description)}</desc>'
     return (
         f'<svg viewBox="{box}" role="img" aria-labelledby="{name}-t {name}-d" data-plot="{name}">{labels}{body}</svg>'

@@ -1,6 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers and names as people read them."""
 
-__all__ = ["ratio", "short", "size"]
+from collections.abc import Sequence
+
+__all__ = ["elided", "ratio", "runs", "short", "size"]
 
 
 def size(count: float) -> str:
@@ -34,3 +36,26 @@ def ratio(saving: float) -> str:
         ('1.88 x smaller', '2.00 x larger')
     """
     return f"{saving:.2f} x smaller" if saving >= 1 else f"{1 / saving:.2f} x larger"
+
+
+def elided(name: str, letters: int) -> str:
+    """Return a name of at most so many letters: of a longer one, the beginning and the end.
+
+    Example:
+        >>> elided("SmolLM2-135M-Instruct", 11)
+        'SmolL…truct'
+    """
+    end = letters // 2
+    return name if len(name) <= letters else f"{name[: letters - end - 1]}…{name[len(name) - end :]}"
+
+
+def runs(numbers: Sequence[int]) -> str:
+    """Return ascending whole numbers, those in a row by the first and the last.
+
+    Example:
+        >>> runs([0, 1, 2, 7])
+        '0-2, 7'
+    """
+    ends = [number for number in numbers if number + 1 not in numbers]
+    starts = [number for number in numbers if number - 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

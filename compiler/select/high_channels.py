@@ -29,7 +29,7 @@ from planish.compiler.select.ratios import (
     counts_of_share,
     fixed_counts,
 )
-from planish.compiler.select.sensitivity import BlockSensitivity, channel_order, measure_sensitivity
+from planish.compiler.select.sensitivity import BlockSensitivity, Score, channel_order, measure_sensitivity
 from planish.passes.scheme import LinearFormat
 from planish.passes.transforms import Site, Transforms
 
@@ -37,7 +37,6 @@ __all__ = [
     "SEQUENCES",
     "ChosenChannels",
     "HighPolicy",
-    "RankScore",
     "check_high_policy",
     "choose_channels",
     "high_counts",
@@ -50,10 +49,6 @@ SEQUENCES = 8
 _EVERY = 4
 #: Shares tried, as multiples of the one that the budget allows all sites alike.
 _MULTIPLES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
-
-
-#: The scores that channels can be ranked by behind transforms that are fitted later.
-RankScore = Literal["damage", "moment"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +71,7 @@ class HighPolicy:
     share: float | None = None
     name: Literal["solved", "fixed"] = "solved"
     candidates: tuple[float, ...] | None = None
-    score: RankScore = "damage"
+    score: Score = "damage"
     weighted: bool = True
 
 
@@ -191,7 +186,7 @@ def choose_channels(
 def high_counts(
     counts: Sequence[Counts], sensitivity: Sequence[BlockSensitivity], policy: HighPolicy
 ) -> list[dict[Site, HighCount]]:
-    """Return by block how many channels of each site are high, and what errors of outputs count in ranking them."""
+    """Return by block how many channels of each site are high, and by what they will be ranked."""
     found = []
     for of_layer, block in zip(counts, sensitivity, strict=True):
         sites: dict[Site, HighCount] = {}
@@ -199,7 +194,7 @@ def high_counts(
             if of_layer[site]:
                 rows = [block.scores[module]["fisher"]["out"] for module in modules]
                 weights = torch.cat(rows) if policy.score == "damage" else None
-                sites[site] = HighCount(policy.bits, of_layer[site], weights)
+                sites[site] = HighCount(policy.bits, of_layer[site], weights, policy.score != "fisher")
         found.append(sites)
     return found
 

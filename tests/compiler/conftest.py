@@ -10,6 +10,7 @@ from planish.compiler.bundle.float_bundle import export_bundle
 from planish.compiler.cli import main
 from planish.compiler.pipeline.compile import compile_model
 from tests.command import Result, Run
+from tests.high_impact import WIDE
 from tests.tiny import write_tiny
 
 
@@ -37,6 +38,20 @@ def flattened(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("flattened") / "out"
     few = {"dataset": str(text), "nsamples": 6, "seqlen": 32, "polish": 2}
     return compile_model(tiny, out, scheme="w4a4k4v4", select="kurtosis", **few)
+
+
+@pytest.fixture(scope="session")
+def wide_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder in whose widths there is room for high-impact channels."""
+    return write_tiny(tmp_path_factory.mktemp("checkpoint") / "wide", **WIDE)
+
+
+@pytest.fixture(scope="session")
+def high_impact(wide_tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """`wide_tiny` compiled in w2a16 for ONNX Runtime, with high-impact channels within a budget of bits."""
+    out = tmp_path_factory.mktemp("high") / "out"
+    few = {"dataset": str(text), "nsamples": 6, "seqlen": 32, "polish": 0}
+    return compile_model(wide_tiny, out, scheme="w2a16", select="fixed:affine", avg_bits=3.2, **few)
 
 
 @pytest.fixture(scope="session")

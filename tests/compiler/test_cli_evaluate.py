@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.harness import tasks
@@ -62,6 +65,79 @@ def test_eval_measures_all_at_once(run: Run, bundle: Bundle, text: Path, data: P
     assert "KL divergence" not in again.out
 
 
+#: Examples with every field that the data sets Rowan/hellaswag and EleutherAI/lambada_openai have.
+HUB_LAYOUT: dict[str, list[dict[str, Any]]] = {
+    "hellaswag": [
+        {
+            "ind": 24 + i,
+            "activity_label": "Removing ice from car",
+            "ctx_a": f"Then, the man number {i} writes over the snow covering the window of a car.",
+            "ctx_b": "then" if i % 2 else "",
+            "ctx": f"Then, the man number {i} writes over the snow covering the window of a car. then",
+            "endings": [
+                ", the man adds wax to the windshield and cuts it." * (i + 1),
+                f" [substeps] the {i} hens ran in.",
+                ", the man puts on a christmas coat [title] Knitted with netting.",
+                ", the man continues removing the snow on his car.",
+            ],
+            "source_id": "activitynet~v_-1IBHYS3L-Y",
+            "split": "val",
+            "split_type": "indomain",
+            "label": str(i % 4),
+        }
+        for i in range(6)
+    ],
+    "lambada_openai": [
+        {"text": text}
+        for text in (
+            'the hen said, "café!"\n\nthe tin man heard the hen',
+            "In my palm is a clear stone, and inside it is a small ivory statuette. the man ran out in",
+            "her otter ran in  the inn",
+        )
+    ],
+}
+
+
+@needs_harness
+def test_files_in_the_layout_of_the_hub(run: Run, tiny: Path, float_bundle: Bundle, tmp_path: Path) -> None:
+    """The harness's own backend, and its own reader of the same files, give the same scores."""
+    pytest.importorskip("accelerate", reason="lm_eval's backend for transformers needs it")
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    files = {}
+    for task, examples in HUB_LAYOUT.items():
+        files[task] = tmp_path / f"{task}.jsonl"
+        files[task].write_text("".join(json.dumps(each) + "\n" for each in examples), encoding="utf-8")
+    done = run("eval", float_bundle.path, "--tasks", ",".join(files), "--task-data", tmp_path, "--json")
+    assert done.code == 0, done.err
+    splits = {"hellaswag": ("validation_split", "validation"), "lambada_openai": ("test_split", "test")}
+    specs = [
+        {
+            "task": task,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "training_split": None,
+            splits[task][0]: splits[task][1],
+            "dataset_kwargs": {"data_files": {splits[task][1]: str(path)}, "cache_dir": str(tmp_path / "read")},
+        }
+        for task, path in files.items()
+    ]
+    theirs = HFLM(
+        LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval(),
+        tokenizer=AutoTokenizer.from_pretrained(tiny),
+        batch_size=2,
+        device="cpu",
+    )
+    read = tasks._manager(True).load([{"group": "all", "task": specs}])["tasks"]
+    expected = evaluate(theirs, {"tasks": dict(read)}, bootstrap_iters=0)["results"]
+    for task, names in (("hellaswag", ["acc", "acc_norm"]), ("lambada_openai", ["perplexity", "acc"])):
+        assert done.json["tasks"][task]["examples"] == len(HUB_LAYOUT[task])
+        for name in names:
+            found = done.json["tasks"][task]["metrics"][name]["value"]
+            assert found == pytest.approx(expected[task][f"{name},none"], rel=1e-4), (task, name)
+
+
 def test_divergence_from_a_named_model(run: Run, bundle: Bundle, tiny: Path, text: Path) -> None:
     of_recipe = run("eval", bundle.path, "--text", text, *FEW, "--kl", "--json").json
     named = run("eval", bundle.path, "--text", text, *FEW, "--against", tiny, "--json").json
@@ -73,8 +149,8 @@ def test_divergence_from_a_named_model(run: Run, bundle: Bundle, tiny: Path, tex
 @needs_harness
 def test_compare(run: Run, bundle: Bundle, tiny: Path, text: Path, data: Path, tmp_path: Path) -> None:
     chosen = ("--text", text, *FEW, "--tasks", "piqa,arc_easy", "--task-data", data)
-    plot = tmp_path / "plot.svg"
-    done = run("compare", tiny, bundle.path, *chosen, "--no-speed", "--plot", plot, "--json")
+    plot, report = tmp_path / "plot.svg", tmp_path / "compared.html"
+    done = run("compare", tiny, bundle.path, *chosen, "--no-speed", "--plot", plot, "--report", report, "--json")
     assert done.code == 0, done.err
     full, low = done.json["models"]
     assert (low["format"], full["format"]) == ("w4a8k8v8", "float32")
@@ -90,6 +166,15 @@ def test_compare(run: Run, bundle: Bundle, tiny: Path, text: Path, data: Path, t
     texts = "".join(ElementTree.parse(plot).getroot().itertext())
     assert f"{low['evaluation']['perplexity']:.3f}" in texts
     assert "prefill" not in texts
+    assert "perplexity against stored bits" in texts
+    page = report.read_text(encoding="utf-8")
+    assert "http" not in page
+    assert f"{low['evaluation']['perplexity']:.3f}" in page
+    score = low["scores"]["piqa"]["metrics"]["acc_norm"]
+    assert f"{score['value']:.4f} ± {score['stderr']:.4f}" in page
+    drawn = re.findall(r'data-plot="([^"]+)"', page)
+    assert {"tradeoff", "perplexity", "piqa--acc-norm", "mean-of-the-tasks", "bits-per-weight"} <= {*drawn}
+    assert "How fast they run" not in page
     shown = run("compare", bundle.path, tiny, "--text", text, *FEW, "--no-speed", "--no-kl")
     assert f"{low['evaluation']['perplexity']:.3f}" in shown.out
     assert "KL" not in shown.out
@@ -157,6 +242,7 @@ def test_bad_requests(run: Run, bundle: Bundle, tiny: Path, text: Path) -> None:
         ["eval", bundle.path, "--tasks", "piqa", "--kl"],
         ["compare", bundle.path, tiny],
         ["compare", bundle.path, tiny, "--text", text, "--plot", "plot.pdf"],
+        ["compare", bundle.path, tiny, "--text", text, "--report", "page.pdf"],
     ):
         assert run(*command).code == 2, command
     beyond = run("eval", bundle.path, "--text", text, "--seqlen", 257)

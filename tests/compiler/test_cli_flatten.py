@@ -179,6 +179,12 @@ def test_a_study_needs_low_bits_and_a_place_for_bundles(run: Run, tiny: Path, te
         (["--hic-ratio", "0.4", "--avg-bits", "3"], 25, "Leave out --avg-bits or --hic-ratio"),
         (["--hic-ratio", "0.4", "--hic-policy", "solved"], 25, "A ratio leaves nothing to solve"),
         (["--hic-bits", "4"], 25, "High-impact channels need a number"),
+        (["--hic-score", "fisher"], 25, "High-impact channels need a number"),
+        (["--no-hic-weighting"], 25, "High-impact channels need a number"),
+        (["--avg-bits", "3", "--hic-score", "loud"], 19, "'hic_score' is 'loud'"),
+        (["--avg-bits", "3", "--hic-candidates", "0,few"], 19, "'hic_candidates.1' is 'few'"),
+        (["--hic-ratio", "0.4", "--hic-candidates", "0.1"], 25, "a share that is fixed tries nothing"),
+        (["--avg-bits", "3", "--hic-policy", "fixed", "--no-hic-weighting"], 25, "a share that is fixed tries nothing"),
         (["--avg-bits", "3", "--select", "none"], 25, "nothing is flattened here"),
         (["--avg-bits", "4.5", "--scheme", "w4a16", "--hic-bits", "4"], 25, "no gain where weights have 4"),
         (["--avg-bits", "3", "--scheme", "w16a16k4v4"], 25, "nothing is flattened here"),
@@ -222,3 +228,17 @@ def test_high_impact_channels_by_the_command(
     assert 3.0 < done.json["average_bits"] <= 3.1
     again = run("inspect", tmp_path / "out", "--json")
     assert again.json["average_bits"] == done.json["average_bits"]
+
+
+def test_the_score_of_the_paper_by_the_command(
+    run: Run, compiled: Callable[..., Any], wide: Path, tmp_path: Path
+) -> None:
+    how = ("--hic-score", "fisher", "--hic-candidates", "0,0.34", "--no-hic-weighting")
+    done = compiled("--scheme", "w2a16", "--select", "fixed:affine", "--avg-bits", 3.1, *how, model=wide)
+    assert done.code == 0, done.err
+    found = run("inspect", tmp_path / "out", "--json").json
+    policy = found["high_impact"]["policy"]
+    assert (policy["score"], policy["candidates"], policy["weighted"]) == ("fisher", [0.0, 0.34], False)
+    assert {each["weight"] for each in found["high_impact"]["losses"]} == {1.0}
+    assert found["high_impact"]["losses"][0]["counts"]["attn_in"] == [0, 64]
+    assert found["recipe"]["hic_score"] == "fisher"

@@ -101,7 +101,7 @@ def test_end_token_ends_a_text(of_bundle: Subject, tmp_path: Path) -> None:
     assert len(expected) < len(tokens)
 
 
-@pytest.mark.parametrize("task", ["piqa", "arc_easy", "winogrande", "boolq", "lambada_openai"])
+@pytest.mark.parametrize("task", ["piqa", "hellaswag", "arc_easy", "winogrande", "boolq", "lambada_openai"])
 def test_scores_example_by_example(ours: Any, hf: Any, write: Write, task: str) -> None:
     from lm_eval.evaluator import evaluate
 

@@ -197,7 +197,10 @@ def test_channels_are_ranked_by_what_their_rounding_costs() -> None:
     lost = (weight - dequantize_weight(quantize_weight(weight, form))).square()
     rows[5] = 100
     expected = (moment * (rows[:, None] * lost).sum(0)).argsort(descending=True)
-    assert site_fit._ranked(weight, moment, rows, form).tolist() == expected.tolist()
+    assert site_fit._ranked(weight, moment, HighCount(4, 64, rows), form).tolist() == expected.tolist()
+    # By the information alone, a channel counts as its inputs do, wherever rounding puts its weights.
+    by_inputs = HighCount(4, 64, by_rounding=False)
+    assert site_fit._ranked(weight, moment, by_inputs, form).tolist() == [1, 0, 2, 4, 5, 3]
     alike = (moment * lost.sum(0)).argsort(descending=True)
     assert site_fit._ranked(weight, moment, None, form).tolist() == alike.tolist() != expected.tolist()
     assert expected[-1] == 3

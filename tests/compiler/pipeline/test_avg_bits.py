@@ -18,11 +18,6 @@ from tests.high_impact import WIDE
 from tests.tiny import write_tiny
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("checkpoint") / "wide", **WIDE)
-
-
 @pytest.fixture
 def few(text: Path) -> dict[str, Any]:
     """Calibration that takes no time."""
@@ -52,15 +47,15 @@ def logits_error(bundle: Bundle) -> float:
     ],
 )
 def test_bits_are_those_of_the_bundle(
-    spelling: str, settings: dict[str, Any], wide: Path, few: dict[str, Any], tmp_path: Path
+    spelling: str, settings: dict[str, Any], wide_tiny: Path, few: dict[str, Any], tmp_path: Path
 ) -> None:
-    made = compile_model(wide, tmp_path / "out", scheme=spelling, **{**few, **settings})
+    made = compile_model(wide_tiny, tmp_path / "out", scheme=spelling, **{**few, **settings})
     assert logits_error(made) < 1e-5
     evidence = plan_of(made)["transforms"]["high_impact"]
     # plan.json keeps four places.
     assert inspect(made).average_bits == pytest.approx(evidence["stored_bits"], abs=1e-4)
     assert evidence["stored_bits"] <= settings.get("avg_bits", np.inf) + 1e-4
-    kept = load_transforms(made.path, open_checkpoint(wide).config)
+    kept = load_transforms(made.path, open_checkpoint(wide_tiny).config)
     for layer, counts in enumerate(evidence["counts"]):
         assert {site: high.count for site, high in kept.layers[layer].high.items()} == {
             site: count for site, count in counts.items() if count
@@ -71,12 +66,12 @@ def test_bits_are_those_of_the_bundle(
     assert bool(evidence["losses"]) == ("avg_bits" in settings and settings.get("hic_policy") != "fixed")
 
 
-def test_the_plan_makes_the_same_channels_again(wide: Path, few: dict[str, Any], tmp_path: Path) -> None:
+def test_the_plan_makes_the_same_channels_again(wide_tiny: Path, few: dict[str, Any], tmp_path: Path) -> None:
     settings = {"scheme": "w2a16", "avg_bits": 3.2}
-    made = compile_model(wide, tmp_path / "out", **few, **settings)
+    made = compile_model(wide_tiny, tmp_path / "out", **few, **settings)
     again = compile_model(None, tmp_path / "again", recipe=made.path / "recipe.yaml")
     by_plan = compile_model(
-        wide, tmp_path / "plan", scheme="w2a16", plan=made.path / "plan.json", **{**few, "select": None}
+        wide_tiny, tmp_path / "plan", scheme="w2a16", plan=made.path / "plan.json", **{**few, "select": None}
     )
     for other in (again, by_plan):
         for name in ("model.onnx.data", "plan.safetensors"):
@@ -95,7 +90,7 @@ class Killed(Silent):
             raise KeyboardInterrupt
 
 
-def test_a_killed_choice_goes_on(wide: Path, few: dict[str, Any], tmp_path: Path) -> None:
+def test_a_killed_choice_goes_on(wide_tiny: Path, few: dict[str, Any], tmp_path: Path) -> None:
     settings = {"scheme": "w2a16", "avg_bits": 3.2, "polish": 1}
     out = tmp_path / "out"
     work = tmp_path / "out.partial" / "flatten"
@@ -104,16 +99,16 @@ def test_a_killed_choice_goes_on(wide: Path, few: dict[str, Any], tmp_path: Path
     times: dict[str, int] = {}
     for stage, file in kept.items():
         with pytest.raises(KeyboardInterrupt):
-            compile_model(wide, out, progress=Killed(stage), **{**few, **settings})
+            compile_model(wide_tiny, out, progress=Killed(stage), **{**few, **settings})
         times[file] = (work / file).stat().st_mtime_ns
         assert {name: (work / name).stat().st_mtime_ns for name in times} == times
-    resumed = compile_model(wide, out, **{**few, **settings})
-    fresh = compile_model(wide, tmp_path / "fresh", **{**few, **settings})
+    resumed = compile_model(wide_tiny, out, **{**few, **settings})
+    fresh = compile_model(wide_tiny, tmp_path / "fresh", **{**few, **settings})
     assert (resumed.path / "model.onnx.data").read_bytes() == (fresh.path / "model.onnx.data").read_bytes()
 
 
-def test_channels_of_another_checkpoint(wide: Path, few: dict[str, Any], tmp_path: Path) -> None:
-    made = compile_model(wide, tmp_path / "out", scheme="w2a16", avg_bits=3.2, **few)
+def test_channels_of_another_checkpoint(wide_tiny: Path, few: dict[str, Any], tmp_path: Path) -> None:
+    made = compile_model(wide_tiny, tmp_path / "out", scheme="w2a16", avg_bits=3.2, **few)
     other = write_tiny(tmp_path / "other", **{**WIDE, "hidden_size": 256, "num_attention_heads": 8})
     with pytest.raises(PlanError, match=r"layer 0, site attn_in"):
         compile_model(other, tmp_path / "again", scheme="w2a16", high_impact=made.path, **few)

@@ -10,11 +10,15 @@ from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.pipeline.compile import compile_model
 from planish.compiler.pipeline.estimate import Estimate, Work, estimate, unasked_polish
 from planish.compiler.pipeline.recipe import Recipe
+from planish.compiler.select.overrides import override_scheme, resolve_overrides
+from planish.compiler.select.policy import linear_flops
 from planish.passes.scheme import Scheme
 from tests.tiny import write_tiny
 
 #: Wide enough that weights outweigh graphs.
 WIDE = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 8, "num_key_value_heads": 4}
+#: What to leave out to get no high-impact channels.
+NO_CHANNELS: dict[str, Any] = {"avg_bits": None, "hic_ratio": None, "hic_policy": None}
 LLAMA_7B = LlamaConfig.from_dict(
     {
         "architectures": ["LlamaForCausalLM"],
@@ -32,7 +36,8 @@ LLAMA_7B = LlamaConfig.from_dict(
 
 
 def of_recipe(bundle: Bundle, recipe: Recipe) -> dict[str, int]:
-    found = estimate(bundle.config, bundle.scheme, Work.of(recipe, bundle.config))
+    scheme = override_scheme(bundle.scheme, resolve_overrides(recipe.overrides, bundle.config.num_hidden_layers))
+    found = estimate(bundle.config, scheme, Work.of(recipe, bundle.config))
     return {**found.sizes, "bundle": found.bundle}
 
 
@@ -66,6 +71,48 @@ def test_sizes_are_those_of_a_bundle(scheme: str, lm_head: str | None, select: s
     estimated, found = of_recipe(made, Recipe.read(model=str(model), **settings)), on_disk(made)
     for part in ("portable", "ort", "bundle", *(["transforms"] if select != "none" else [])):
         assert estimated[part] == pytest.approx(found[part], rel=0.04), (part, estimated, found)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scheme": "w2a16", "avg_bits": 3.2},
+        {"scheme": "w2a16g64", "hic_ratio": 0.34},
+        {"scheme": "w3a3k3v3", "avg_bits": 3.9, "hic_policy": "fixed"},
+    ],
+)
+def test_high_impact_channels_count(settings: dict[str, Any], wide_tiny: Path, text: Path, tmp_path: Path) -> None:
+    settings = {**settings, "select": "fixed:affine", "polish": 0, "dataset": str(text), "nsamples": 4, "seqlen": 32}
+    made = compile_model(wide_tiny, tmp_path / "out", verify_passes=False, **settings)
+    recipe = Recipe.read(model=str(wide_tiny), **settings)
+    estimated, found = of_recipe(made, recipe), on_disk(made)
+    without = of_recipe(made, Recipe.read(model=str(wide_tiny), **{**settings, **NO_CHANNELS}))
+    # Numbers differ from site to site; the graph of so small a model is most of what is left.
+    for part in ("portable", "ort"):
+        assert estimated[part] > without[part]
+        assert estimated[part] == pytest.approx(found[part], rel=0.1), (part, estimated, without, found)
+
+
+def test_choosing_channels_takes_time() -> None:
+    def of(**given: Any) -> Estimate:
+        recipe = Recipe(**{"model": "m", "scheme": "w3a3k3v3", "select": "fixed:affine", "dataset": "self", **given})
+        return estimate(LLAMA_7B, recipe.parsed_scheme(), Work.of(recipe, LLAMA_7B))
+
+    solved, fixed, plain = of(avg_bits=3.25), of(avg_bits=3.25, hic_policy="fixed"), of()
+    assert solved.flops > fixed.flops > plain.flops
+    weights = linear_flops(LLAMA_7B) // 2
+    assert solved.sizes["portable"] - plain.sizes["portable"] == pytest.approx((3.25 - 3.006) * weights / 8, rel=0.02)
+    assert 0.9 * solved.sizes["portable"] < fixed.sizes["portable"] <= solved.sizes["portable"]
+
+
+def test_overrides_count(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("overrides:\n  model.layers.0..*: {bits: 8}\n")
+    model = write_tiny(tmp_path / "model", **WIDE)
+    settings: dict[str, Any] = {"scheme": "w2a8", "select": "none"}
+    made = compile_model(model, tmp_path / "out", recipe=path, **settings)
+    estimated = of_recipe(made, Recipe.read(path, model=str(model), **settings))
+    assert estimated["portable"] == pytest.approx(on_disk(made)["portable"], rel=0.03)
 
 
 def test_a_large_model_has_published_sizes() -> None:

@@ -73,27 +73,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("pages")
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [PHONE, DESK])
-def test_it_is_whole(flattened: Bundle, folder: Path, width: int, dark: bool) -> None:
-    content = (flattened.path / REPORT_PAGE).read_text(encoding="utf-8").replace("</body>", f"{PROBE}</body>")
+def probed(page: Path, folder: Path, width: int, dark: bool) -> dict[str, Any]:
+    """Return what the probe finds in a page as wide as that, and check that nothing of it is empty or cut off."""
+    content = page.read_text(encoding="utf-8").replace("</body>", f"{PROBE}</body>")
     # No window is as narrow as a phone, but a frame is.
-    page = folder / f"framed-{width}.html"
-    page.write_text(f'<body><iframe width={width} height=4000 style="border: 0" srcdoc="{escape(content)}"></iframe>')
-    out, err = browse(page, DESK + 100, "--dump-dom", *(["--blink-settings=preferredColorScheme=0"] if dark else []))
+    frame = folder / f"framed-{width}.html"
+    frame.write_text(f'<body><iframe width={width} height=4000 style="border: 0" srcdoc="{escape(content)}"></iframe>')
+    out, err = browse(frame, DESK + 100, "--dump-dom", *(["--blink-settings=preferredColorScheme=0"] if dark else []))
     assert "CONSOLE" not in err
     (text,) = re.findall(r'<pre id="probe">(.*?)</pre>', out, re.DOTALL)
     found: dict[str, Any] = json.loads(text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert found["window"] == width
     assert found["wide"] <= 0
     assert found["colour"] == ("rgb(20, 23, 26)" if dark else "rgb(246, 245, 242)")
-    assert len(found["plots"]) >= 15
     for plot in found["plots"]:
         assert min(plot["width"], plot["height"]) > 50, plot
         assert plot["drawn"] > 1000, plot
         assert plot["shapes"] > 10, plot
         assert not plot["cut"], plot
         assert plot["letters"] >= 9, plot
+    return found
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_it_is_whole(flattened: Bundle, folder: Path, width: int, dark: bool) -> None:
+    assert len(probed(flattened.path / REPORT_PAGE, folder, width, dark)["plots"]) >= 15
+
+
+def test_high_impact_channels_are_whole(high_impact: Bundle, folder: Path) -> None:
+    drawn = {plot["name"] for plot in probed(high_impact.path / REPORT_PAGE, folder, PHONE, dark=True)["plots"]}
+    assert {"high-counts", "high-bits", "high-loss", "high-alone-attn-in", "high-alone-ffn-out"} <= drawn
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])

@@ -142,3 +142,4 @@ def test_a_bundle_without_flattening_has_a_report(bundle: Bundle) -> None:
     assert "its accuracy was not measured" in page
     assert "Nothing was flattened" in page
     assert "loudest outliers" not in page
+    assert "High-impact channels" not in page

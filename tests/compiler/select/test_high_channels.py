@@ -2,7 +2,7 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from planish.compiler.select.high_channels import (
     numbers_to_try,
 )
 from planish.compiler.select.ratios import average_bits
-from planish.compiler.select.sensitivity import measure_sensitivity
+from planish.compiler.select.sensitivity import Score, measure_sensitivity
 from planish.passes.high_impact import SUFFIXES
 from planish.passes.scheme import LinearFormat, Scheme
 from planish.passes.transforms import Transforms
@@ -105,6 +105,12 @@ def test_numbers_come_with_what_rows_count(checkpoint: Checkpoint, transforms: T
     assert torch.equal(weights, torch.cat([gate, up]))
     alike = chosen(checkpoint, transforms, tmp_path, share=1 / 3, score="moment")
     assert all(each.row_weights is None for of_layer in alike.high for each in of_layer.values())
+    by_score = {score: chosen(checkpoint, transforms, tmp_path, share=1 / 3, score=score) for score in get_args(Score)}
+    counted = {
+        score: {each.by_rounding for of_layer in found.high for each in of_layer.values()}
+        for score, found in by_score.items()
+    }
+    assert counted == {"damage": {True}, "moment": {True}, "fisher": {False}}
 
 
 @pytest.mark.parametrize(

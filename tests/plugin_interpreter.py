@@ -16,7 +16,7 @@ from planish.plugins.packing import pack, unpack
 from planish.plugins.tensorrt.contract import Contract
 from planish.plugins.tensorrt.plugins import KV_APPEND, KV_ATTEND, LINEAR, PLUGINS, QUANTIZE_TOKENS
 
-__all__ = ["PluginModel"]
+__all__ = ["PluginModel", "plugin_evaluator"]
 
 Array = npt.NDArray[Any]
 
@@ -150,6 +150,13 @@ class PlanishKvAttend(_Cache):
         return (y.astype(query.dtype),)
 
 
+def plugin_evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
+    """Return what runs a model with plugin nodes."""
+    ops = [PlanishQuantizeTokens, PlanishLinear, PlanishKvAppend, PlanishKvAttend]
+    assert [op.contract for op in ops] == list(PLUGINS)
+    return ReferenceEvaluator(model, new_ops=ops)
+
+
 class PluginModel:
     """A model with plugin nodes for the cache, its caches kept between calls.
 
@@ -161,9 +168,7 @@ class PluginModel:
     def __init__(self, path: Path, batch: int) -> None:
         graph = ir.load(path).graph
         inputs = {str(value.name): value for value in graph.inputs}
-        ops = [PlanishQuantizeTokens, PlanishLinear, PlanishKvAppend, PlanishKvAttend]
-        assert [op.contract for op in ops] == list(PLUGINS)
-        self._evaluator = ReferenceEvaluator(onnx.load(path), new_ops=ops)
+        self._evaluator = plugin_evaluator(onnx.load(path))
         self._outputs = [str(value.name) for value in graph.outputs]
         self.lengths = np.zeros(batch, np.int32)
         # What the empty cache holds must not matter.

@@ -142,7 +142,7 @@ class PlanError(PlanishError):
 
 
 class DeviceError(PlanishError):
-    """The device to learn on does not exist, PyTorch cannot use it, or its memory is too small."""
+    """A device to learn or run on does not exist, cannot be used, fails, or has too little memory."""
 
     exit_code = 28
 

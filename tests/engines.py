@@ -26,7 +26,7 @@ from tests.host_gpu import HostGpu
 from tests.host_tensorrt import HostTensorrt
 from tests.tiny import write_tiny
 
-__all__ = ["CONTEXT", "KINDS", "MAX_BATCH", "MAX_PROMPT", "Engine", "build_engine", "open_engine"]
+__all__ = ["CONTEXT", "KINDS", "MAX_BATCH", "MAX_PROMPT", "Engine", "build_engine", "in_float32", "open_engine"]
 
 CONTEXT, MAX_BATCH, MAX_PROMPT = 32, 4, 8
 
@@ -105,7 +105,7 @@ def build_engine(name: str, folder: Path) -> None:
         if kind.plugins:
             monkeypatch.setenv("PLANISH_PLUGINS", str(_library(folder / "library", trt)))
         if not kind.float16:
-            monkeypatch.setattr(build, "lower_to_tensorrt", _in_float32)
+            monkeypatch.setattr(build, "lower_to_tensorrt", in_float32)
         build_engines(portable, folder / "engine", flavour=kind.flavour, **limits)
 
 
@@ -116,7 +116,8 @@ def open_engine(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Eng
     return Engine(kind, folder / "engine", folder / "portable" / "model.onnx", trt)
 
 
-def _in_float32(model: ir.Model, context: int) -> ir.Model:
+def in_float32(model: ir.Model, context: int) -> ir.Model:
+    """Lower as planish does, but for the last step, to float16."""
     passes = ir.passes.Sequential(
         LowerLinearsToTensorrtPass(),
         LowerKvCacheToTensorrtPass(context),

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from planish.compiler.errors import DeviceError, EngineLimitError, EngineMismatchError
+from planish.compiler.harness.scoring import Answer, Request, answer_all
 from planish.compiler.runtime.engine_session import EngineSession
 from tests.engines import CONTEXT, KINDS, MAX_BATCH, MAX_PROMPT, Engine, build_engine, open_engine
 
@@ -168,6 +169,27 @@ def test_more_sequences_than_the_engine_takes(float32: Engine) -> None:
         session.run(np.full((MAX_BATCH + 1, 1), 5))
     with pytest.raises(EngineLimitError, match="5 were given"):
         session.empty_cache(5)
+
+
+def test_tasks_keep_to_what_the_engine_takes(float32: Engine) -> None:
+    random = np.random.default_rng(1)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(random.integers(3, 260, count).tolist())
+
+    contexts = [tokens(count) for count in (25, 24, 9, 8, 8, 1)]
+    lengths = [1, 2, 3, 8]
+    asked = [Request(context, tokens(count)) for context in contexts for count in lengths if len(context) + count <= 32]
+    # More continuations of one context than the engine takes at once.
+    asked += [Request(contexts[2], tokens(3)) for _ in range(MAX_BATCH + 2)]
+    found: dict[Request, Answer] = {}
+    expected: dict[Request, Answer] = {}
+    answer_all(float32.session(), asked, found.update)
+    answer_all(float32.reference(), asked, expected.update)
+    assert found.keys() == expected.keys() == set(asked)
+    for request in asked:
+        assert found[request].loglikelihood == pytest.approx(expected[request].loglikelihood, abs=1e-3)
+    assert max(shapes["input_ids"][0] for shapes in float32.trt.shapes) == MAX_BATCH
 
 
 def test_memory_is_given_back(float32: Engine) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "DeviceError",
     "DiskFullError",
     "EngineBuildError",
+    "EngineLimitError",
     "EngineMismatchError",
     "MissingExtraError",
     "NonFiniteWeightError",
@@ -141,9 +142,15 @@ class PlanError(PlanishError):
 
 
 class DeviceError(PlanishError):
-    """The device to learn on does not exist, PyTorch cannot use it, or its memory is too small."""
+    """A device to learn or run on does not exist, cannot be used, fails, or has too little memory."""
 
     exit_code = 28
+
+
+class EngineLimitError(PlanishError):
+    """An engine is given more sequences, or longer ones, than it was built for."""
+
+    exit_code = 33
 
 
 class TaskError(PlanishError):

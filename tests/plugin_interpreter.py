@@ -17,7 +17,7 @@ from planish.plugins.tensorrt.contract import Contract
 from planish.plugins.tensorrt.plugins import KV_APPEND, KV_ATTEND, LINEAR, PLUGINS, QUANTIZE_TOKENS
 from tests.plugin_host import Host
 
-__all__ = ["PluginModel", "hosted_plugins"]
+__all__ = ["PluginModel", "hosted_plugins", "plugin_evaluator"]
 
 Array = npt.NDArray[Any]
 
@@ -182,6 +182,13 @@ class PlanishKvAttend(_Cache):
         return (y.astype(query.dtype),)
 
 
+def plugin_evaluator(model: onnx.ModelProto, plugins: list[type[OpRun]] | None = None) -> ReferenceEvaluator:
+    """Return what runs a model with plugin nodes, computed by `plugins`; None is numpy."""
+    ops = [PlanishQuantizeTokens, PlanishLinear, PlanishKvAppend, PlanishKvAttend]
+    assert [op.contract for op in ops] == list(PLUGINS)
+    return ReferenceEvaluator(model, new_ops=plugins or ops)
+
+
 class PluginModel:
     """A model with plugin nodes for the cache, its caches kept between calls.
 
@@ -194,9 +201,7 @@ class PluginModel:
     def __init__(self, path: Path, batch: int, plugins: list[type[OpRun]] | None = None) -> None:
         graph = ir.load(path).graph
         inputs = {str(value.name): value for value in graph.inputs}
-        ops = [PlanishQuantizeTokens, PlanishLinear, PlanishKvAppend, PlanishKvAttend]
-        assert [op.contract for op in ops] == list(PLUGINS)
-        self._evaluator = ReferenceEvaluator(onnx.load(path), new_ops=plugins or ops)
+        self._evaluator = plugin_evaluator(onnx.load(path), plugins)
         self._outputs = [str(value.name) for value in graph.outputs]
         self.lengths = np.zeros(batch, np.int32)
         # What the empty cache holds must not matter.

@@ -12,6 +12,9 @@ from planish.compiler.checkpoint.files import read_json
 from planish.compiler.checkpoint.sidecars import end_tokens
 from planish.compiler.errors import NotPlanishModelError
 from planish.compiler.runtime.generate import GREEDY, Sampling, generate
+from planish.compiler.runtime.language_model import LanguageModel
+from planish.compiler.runtime.provider import Provider, check_provider
+from planish.compiler.runtime.runnable import ENGINES, Runnable
 from planish.compiler.runtime.session import Session
 from planish.compiler.runtime.tokenizer import Tokenizer
 from planish.passes.scheme import Scheme
@@ -40,7 +43,8 @@ class Bundle:
         """Use `Bundle.open`, which checks what it opens."""
         self.path = path
         self.manifest = manifest
-        self._sessions: dict[tuple[str | None, int | None], Session] = {}
+        self._sessions: dict[tuple[str | None, int | None, str], Session] = {}
+        self._engines: dict[str, LanguageModel] = {}
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> "Bundle":
@@ -104,24 +108,60 @@ class Bundle:
             )
         return engine_folder(self.path, target) / MODEL_FILE
 
-    def session(self, target: str | None = None, threads: int | None = None) -> Session:
+    def session(
+        self, target: str | None = None, threads: int | None = None, provider: Provider | str = Provider.CPU
+    ) -> Session:
         """Return the model loaded by ONNX Runtime; the same call returns the same session.
 
         Args:
             target: 'ort' is the model lowered to integer products, 'portable' the one of standard ONNX operators. None
                 is 'ort' where the bundle was compiled for it, else 'portable'.
             threads: threads of one operator; None is one per core.
+            provider: 'cpu', or 'cuda' for a GPU.
 
         Raises:
             NotPlanishModelError: if the bundle was not compiled for `target`.
+            MissingExtraError: if the installed ONNX Runtime lacks the provider.
+            DeviceError: if the provider does not start.
             ValueError: if `target` is not one that ONNX Runtime executes.
         """
         if target not in (None, "ort", "portable"):
-            raise ValueError(f"ONNX Runtime executes 'ort' and 'portable', not {target!r}; see Bundle.engine")
-        key = (target, threads)
+            raise ValueError(f"ONNX Runtime executes 'ort' and 'portable', not {target!r}; see Bundle.load")
+        key = (target, threads, str(provider))
         if key not in self._sessions:
-            self._sessions[key] = Session(self.model_path(target), threads)
+            self._sessions[key] = Session(self.model_path(target), threads, provider)
         return self._sessions[key]
+
+    def runnable(self, target: str | None = None, provider: Provider | str = Provider.CPU) -> Runnable:
+        """Return what `load` loads, after checking that this machine can run it.
+
+        Raises:
+            PlanishError: as `engine` and `check_provider` do.
+        """
+        if target in ENGINES:
+            self.engine(target)
+            return Runnable(self.model_path(target), target)
+        check_provider(Provider(provider))
+        return Runnable(self.model_path(target), str(provider))
+
+    def load(
+        self, target: str | None = None, threads: int | None = None, provider: Provider | str = Provider.CPU
+    ) -> LanguageModel:
+        """Return the model of a target, whatever runs it; the same call returns the same one.
+
+        Args:
+            target: as in `session`; or 'rtx' or 'tensorrt', the engine, which runs on an NVIDIA GPU.
+            threads: of ONNX Runtime, as in `session`.
+            provider: of ONNX Runtime, as in `session`.
+
+        Raises:
+            PlanishError: as `session` and `engine` do; DeviceError if the GPU cannot be used.
+        """
+        if target not in ENGINES:
+            return self.session(target, threads, provider)
+        if target not in self._engines:
+            self._engines[target] = self.runnable(target).load()
+        return self._engines[target]
 
     def engine(self, target: str) -> "EngineRecord":
         """Check that the engine of `target` ('rtx' or 'tensorrt') runs on this machine, and return its engine.json.
@@ -134,6 +174,10 @@ class Bundle:
 
         return check_engine(self.model_path(target).parent, target)
 
+    def max_context(self, model: LanguageModel) -> int:
+        """Return how many tokens `model`, one of this bundle, sees at most: an engine may have room for fewer."""
+        return min(self.manifest.max_context, model.limits.context or self.manifest.max_context)
+
     def generate(
         self,
         prompt: str,
@@ -143,6 +187,8 @@ class Bundle:
         sampling: Sampling = GREEDY,
         chunk: int | None = None,
         threads: int | None = None,
+        target: str | None = None,
+        provider: Provider | str = Provider.CPU,
     ) -> Iterator[str]:
         """Yield the text that continues `prompt`, piece by piece.
 
@@ -152,18 +198,21 @@ class Bundle:
             max_new_tokens: how many tokens to generate at most.
             sampling: how tokens are chosen; greedy unless told otherwise.
             chunk: prefill this many tokens at a time; None takes the prompt at once.
-            threads: as in `session`.
+            threads: as in `load`.
+            target: as in `load`.
+            provider: as in `load`.
 
         Raises:
             TextError: if the prompt is empty or longer than the model's context.
             TokenizerError: if there is no chat template, or no tokenizer.
         """
         text = self.tokenizer.chat([{"role": "user", "content": prompt}]) if chat else prompt
+        model = self.load(target, threads, provider)
         tokens = generate(
-            self.session(threads=threads),
+            model,
             self.tokenizer.encode(text, special=not chat),
             max_new_tokens=max_new_tokens,
-            max_context=self.manifest.max_context,
+            max_context=self.max_context(model),
             eos=self.eos_token_ids,
             sampling=sampling,
             chunk=chunk,

@@ -8,6 +8,7 @@ import typer
 
 from planish.compiler.cli import measured_on as options
 from planish.compiler.cli.app import JsonFlag, Output
+from planish.compiler.runtime.provider import Provider
 
 __all__ = ["run_compare"]
 
@@ -27,6 +28,8 @@ def run_compare(
     speed: Annotated[bool, typer.Option(help="Measure prefill and decode, each model in a process of its own.")] = True,
     plot: Annotated[Path | None, typer.Option(help="Draw the comparison into this file, .svg or .png.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write tables and plots into this page, .html.")] = None,
+    target: options.TargetOption = None,
+    provider: options.ProviderOption = Provider.CPU,
     threads: options.ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:
@@ -39,6 +42,7 @@ def run_compare(
 
     if text is None and dataset is None:
         raise typer.BadParameter("give --text or --dataset", param_hint="--text")
+    options.check_run(target, provider)
     if plot is not None and plot.suffix not in FORMATS:
         raise typer.BadParameter(f"{plot} ends in none of {', '.join(FORMATS)}", param_hint="--plot")
     if report is not None and report.suffix != ".html":
@@ -58,6 +62,8 @@ def run_compare(
             tasks=TaskSettings(names, task_data, limit, answers) if names else None,
             speed=speed,
             threads=threads,
+            target=target,
+            provider=provider,
         )
     rows = [[f"{row.name} ({row.better} is better)", *row.shown] for row in figures(found)]
     out.table(f"on {found.text}", ["", *labels(found.models)], rows)

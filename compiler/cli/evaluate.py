@@ -8,6 +8,8 @@ import typer
 
 from planish.compiler.cli import measured_on as options
 from planish.compiler.cli.app import JsonFlag, Output
+from planish.compiler.runtime.provider import Provider
+from planish.compiler.runtime.runnable import ENGINES
 
 if TYPE_CHECKING:
     from planish.compiler.harness.tasks import Score, TaskScores
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
     from planish.compiler.measure.subject import Subject
 
 __all__ = ["run_eval"]
-
-_TARGETS = ("ort", "portable", "rtx", "tensorrt")
 
 
 def run_eval(
@@ -31,9 +31,8 @@ def run_eval(
     task_data: options.TaskDataOption = None,
     limit: options.LimitOption = None,
     answers: options.AnswersOption = None,
-    target: Annotated[
-        str | None, typer.Option(help="What to run of a bundle: ort or portable. [ort, if it was compiled for it]")
-    ] = None,
+    target: options.TargetOption = None,
+    provider: options.ProviderOption = Provider.CPU,
     threads: options.ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:
@@ -48,15 +47,14 @@ def run_eval(
     if text is None and dataset is None and (not names or kl or against is not None):
         wanted = "divergence is measured on --text or --dataset" if names else "give --text or --dataset, or --tasks"
         raise typer.BadParameter(wanted, param_hint="--text")
-    if target not in (None, *_TARGETS):
-        raise typer.BadParameter(f"'{target}' is none of {', '.join(_TARGETS)}", param_hint="--target")
+    options.check_run(target, provider)
     out, found = Output(json), None
     scores: dict[str, TaskScores] = {}
     with progress_for(sys.stderr) as progress:
         # What is wrong with texts or tasks is said before a model is read into memory.
         read = options.open_text(text, dataset, progress)
         loaded = load_tasks(names, task_data, progress) if names else None
-        subject = open_subject(model, target=target, threads=threads)
+        subject = open_subject(model, target=target, threads=threads, provider=provider)
         if read is not None:
             reference = _reference(subject, kl, against, threads)
             check_same_tokens([subject, *([reference] if reference else [])], read)
@@ -64,12 +62,15 @@ def run_eval(
             (found,) = evaluate_windows([subject.model], cut, reference.model if reference else None, progress)
         if loaded is not None:
             scores = score_tasks(subject, loaded, progress, limit=limit, answers=answers)
+    if target in ENGINES or provider is not Provider.CPU:
+        out.line(f"run by {subject.model.runs_on}")
     if found is not None:
         _show_evaluation(out, found)
     if scores:
         _show_scores(out, scores)
     out.result(
         {
+            "runs_on": subject.model.runs_on,
             **(dataclasses.asdict(found) if found else {}),
             **({"tasks": {name: dataclasses.asdict(each) for name, each in scores.items()}} if scores else {}),
             **({"mean_score": dataclasses.asdict(mean_score(scores))} if scores else {}),

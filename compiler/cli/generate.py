@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from planish.compiler.bundle.bundle import Bundle
+from planish.compiler.cli import measured_on as options
 from planish.compiler.cli.app import JsonFlag, Output
 from planish.compiler.runtime.generate import Sampling
+from planish.compiler.runtime.provider import Provider
 
 __all__ = ["run_generate"]
 
@@ -21,15 +23,27 @@ def run_generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.001, max=1.0, help="Draw from this share of probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the draws; the same seed, the same text.")] = None,
+    target: options.TargetOption = None,
+    provider: options.ProviderOption = Provider.CPU,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of ONNX Runtime. [one per core]")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Generate text, greedy unless a temperature is given."""
+    options.check_run(target, provider)
     out, opened = Output(json), Bundle.open(bundle)
-    opened.session(threads=threads)
+    opened.load(target, threads, provider)
     sampling = Sampling(temperature, top_p, seed)
     pieces, started = [], time.perf_counter()
-    for piece in opened.generate(prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=sampling, threads=threads):
+    written = opened.generate(
+        prompt,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        threads=threads,
+        target=target,
+        provider=provider,
+    )
+    for piece in written:
         out.piece(piece)
         pieces.append(piece)
     out.piece("\n")

@@ -1,9 +1,12 @@
-"""The options that `planish eval` and `planish compare` share: text, windows, tasks."""
+"""The options that commands share which run models: text, windows, tasks, and what runs a bundle."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from planish.compiler.runtime.provider import Provider
+from planish.compiler.runtime.runnable import ENGINES
 
 if TYPE_CHECKING:
     from planish.compiler.measure.texts import Text
@@ -14,12 +17,15 @@ __all__ = [
     "AnswersOption",
     "DatasetOption",
     "LimitOption",
+    "ProviderOption",
     "SeqlenOption",
+    "TargetOption",
     "TaskDataOption",
     "TasksOption",
     "TextOption",
     "ThreadsOption",
     "WindowsOption",
+    "check_run",
     "open_text",
     "task_names",
 ]
@@ -50,6 +56,31 @@ AnswersOption = Annotated[
     Path | None, typer.Option(help="Folder that keeps answers to tasks, to go on after a kill. [~/.cache/planish]")
 ]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of the model. [one per core]")]
+
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What to run of a bundle: ort or portable, in ONNX Runtime; rtx or tensorrt, the engine, on an NVIDIA "
+        "GPU. [ort, if it was compiled for it]"
+    ),
+]
+ProviderOption = Annotated[
+    Provider, typer.Option(help="Where ONNX Runtime runs a bundle: cpu, or cuda with onnxruntime-gpu.")
+]
+
+
+def check_run(target: str | None, provider: Provider) -> None:
+    """Check what --target and --provider ask for together.
+
+    Raises:
+        BadParameter: if there is no such target, or it is an engine and the provider not the usual one.
+    """
+    if target not in (None, "ort", "portable", *ENGINES):
+        raise typer.BadParameter(f"'{target}' is none of ort, portable, {', '.join(ENGINES)}", param_hint="--target")
+    if target in ENGINES and provider is not Provider.CPU:
+        raise typer.BadParameter(
+            f"an engine runs on the GPU by itself: leave it out beside --target {target}", param_hint="--provider"
+        )
 
 
 def open_text(text: Path | None, name: str | None, progress: "Progress") -> "Text | None":

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from planish.compiler.measure.evaluation import Evaluation, evaluate_windows
 from planish.compiler.measure.subject import Subject, check_same_tokens, float_subject, is_bundle, open_subject
 from planish.compiler.measure.texts import Text, cut_windows
 from planish.compiler.progress import Progress
+from planish.compiler.runtime.provider import Provider
+from planish.compiler.runtime.runnable import Runnable
 
 __all__ = ["Compared", "Comparison", "TaskSettings", "compare_models"]
 
@@ -99,6 +101,8 @@ def compare_models(
     tasks: TaskSettings | None = None,
     speed: bool = True,
     threads: int | None = None,
+    target: str | None = None,
+    provider: Provider | str = Provider.CPU,
 ) -> Comparison:
     """Measure models side by side. All are in memory while they are evaluated; speed is measured when they are not.
 
@@ -114,6 +118,8 @@ def compare_models(
         tasks: what to score; None is nothing.
         speed: measure prefill and decode.
         threads: of the models; None is one per core for evaluating, 2 for speed.
+        target: of the bundles, what to run; see `Bundle.load`.
+        provider: of the bundles, where ONNX Runtime runs them.
 
     Raises:
         ComparisonError: if there is one model only, two have different tokenizers, or there is no reference.
@@ -121,8 +127,14 @@ def compare_models(
     """
     if len(sources) < 2:
         raise ComparisonError("One model alone has nothing to compare with. Give two or more.")
+    runnables = {source: _runnable(source, target, provider) for source in sources if is_bundle(source)}
     loaded = load_tasks(tasks.names, tasks.data, progress) if tasks else {}
-    subjects = [open_subject(source, threads=threads) for source in sources]
+    subjects = [
+        open_subject(source, threads=threads, target=target, provider=provider)
+        if source in runnables
+        else open_subject(source, threads=threads)
+        for source in sources
+    ]
     reference = _reference(subjects, against, threads) if divergence else None
     check_same_tokens([*subjects, *([reference] if reference else [])], text)
     sizes = text.sizes(seqlen, windows, min(subject.max_context for subject in subjects))
@@ -139,7 +151,7 @@ def compare_models(
     name_of_reference = reference.name if reference else None
     # Speed is that of a machine with nothing else in memory.
     del subjects, reference
-    sides = _speeds(sources, threads, progress) if speed else {}
+    sides = _speeds(sources, runnables, threads, progress) if speed else {}
     models = [
         Compared(source, *described[place], evaluations[place], scores[place], sides.get(str(place)))
         for place, source in enumerate(sources)
@@ -171,12 +183,19 @@ def _describe(origin: Bundle | Checkpoint) -> tuple[str, int, float]:
     return "/".join(types), sum(sizes[name] * stored[name] for name in sizes) // 8, bits
 
 
-def _speeds(sources: Sequence[str], threads: int | None, progress: Progress) -> dict[str, Side]:
+def _runnable(source: str, target: str | None, provider: Provider | str) -> Runnable:
+    """Return what is measured of a bundle; that it cannot run here is said before anything is read."""
+    return Bundle.open(source, verify=False).runnable(target, provider)
+
+
+def _speeds(
+    sources: Sequence[str], runnables: Mapping[str, Runnable], threads: int | None, progress: Progress
+) -> dict[str, Side]:
     """Return the speed of each model by its place among `sources`; checkpoints are exported in float32 for it."""
     with tempfile.TemporaryDirectory(prefix="planish-compare-") as scratch:
-        files = {}
+        models = {}
         for place, source in enumerate(sources):
-            bundle = Bundle.open(source, verify=False) if is_bundle(source) else None
-            bundle = bundle or export_bundle(source, Path(scratch) / str(place), progress=progress)
-            files[str(place)] = bundle.model_path()
-        return measure_sides(files, threads=threads or 2, progress=functools.partial(progress.step, "speed"))
+            models[str(place)] = (
+                runnables.get(source) or export_bundle(source, Path(scratch) / str(place), progress=progress).runnable()
+            )
+        return measure_sides(models, threads=threads or 2, progress=functools.partial(progress.step, "speed"))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from planish.compiler.measure.language_model import LanguageModel
+from planish.compiler.runtime.language_model import LanguageModel
 
 __all__ = ["generate_greedily"]
 

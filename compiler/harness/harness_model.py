@@ -83,9 +83,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             (number for number, text in enumerate(texts) if text is None),
             key=lambda number: (json.dumps(requests[number].args[1], sort_keys=True), -len(requests[number].args[0])),
         )
+        most = min(_TEXTS, self._subject.model.limits.sequences or _TEXTS)
         while missing:
             options = requests[missing[0]].args[1]
-            batch = [number for number in missing[:_TEXTS] if requests[number].args[1] == options]
+            batch = [number for number in missing[:most] if requests[number].args[1] == options]
             missing = missing[len(batch) :]
             written = self._generate([requests[number].args[0] for number in batch], options)
             self._answers.keep(

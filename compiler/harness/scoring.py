@@ -5,13 +5,14 @@ continuation, because its logits are those of the continuation's first token.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from planish.compiler.errors import TaskError
-from planish.compiler.measure.language_model import LanguageModel
+from planish.compiler.runtime.language_model import LanguageModel, Limits
 
 __all__ = ["Answer", "Request", "answer_all", "fit_context"]
 
@@ -72,7 +73,7 @@ def answer_all(model: LanguageModel, requests: Sequence[Request], told: Told) ->
         requests: may repeat themselves; equal ones are answered once.
         told: gets the answers of each batch.
     """
-    for batch in _batches(_group(requests)):
+    for batch in _batches(_group(requests), model.limits):
         told(_run(model, batch))
 
 
@@ -102,14 +103,19 @@ def _group(requests: Sequence[Request]) -> list[_Group]:
     return sorted(groups.values(), key=lambda group: (-len(group.context), -group.positions))
 
 
-def _batches(groups: list[_Group]) -> Iterator[list[_Group]]:
+def _batches(groups: list[_Group], limits: Limits) -> Iterator[list[_Group]]:
     """Yield neighbours that fit into one run; a group that is too large by itself is one alone."""
     batch: list[_Group] = []
     rows = positions = 0
     for group in groups:
         rows += len(group.by_input)
         positions = max(positions, group.positions)
-        if batch and (rows * positions > _POSITIONS or len(batch[0].context) * (len(batch) + 1) > _CONTEXT_TOKENS):
+        if batch and (
+            rows * positions > _POSITIONS
+            or len(batch[0].context) * (len(batch) + 1) > _CONTEXT_TOKENS
+            or rows > (limits.sequences or rows)
+            or len(batch[0].context) - 1 + positions > (limits.context or math.inf)
+        ):
             yield batch
             batch, rows, positions = [], len(group.by_input), group.positions
         batch.append(group)
@@ -127,8 +133,13 @@ def _run(model: LanguageModel, groups: list[_Group]) -> dict[Request, Answer]:
     if len(groups[0].context) > 1:
         ids, mask = _padded([group.context[:-1] for group in groups])
         _, cache = model.run(ids, mask=mask, logits_to_keep=1)
-        cache = cache.take(owners)
-    sums = _sums(model, cache, rows, [groups[owner].by_input[row[1:]] for owner, row in zip(owners, rows, strict=True)])
+    wanted = [groups[owner].by_input[row[1:]] for owner, row in zip(owners, rows, strict=True)]
+    sums = []
+    # Only the continuations of one context can be more than the model takes at once.
+    step = model.limits.sequences or len(rows)
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        sums += _sums(model, cache.take(owners[part]) if cache else None, rows[part], wanted[part])
     return {
         Request(groups[owner].context, continuation): Answer(total, greedy)
         for owner, of_row in zip(owners, sums, strict=True)

@@ -12,6 +12,8 @@ from typing import Any
 
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.errors import ComparisonError, PlanishError, TextError
+from planish.compiler.runtime.provider import Provider
+from planish.compiler.runtime.runnable import Runnable
 
 __all__ = ["Benchmark", "Side", "bench", "measure_sides"]
 
@@ -29,8 +31,8 @@ class Side:
     Attributes:
         prefill: prompt tokens per second, all at once, logits for the last only.
         decode: new tokens per second, one at a time behind that prompt.
-        resident_mib: resident memory of the process after that, in MiB.
-        peak_mib: the most it ever had, loading included, in MiB.
+        resident_mib: resident memory of the process after that, in MiB; that of a GPU is not counted.
+        peak_mib: the most it ever had, loading included, in MiB; likewise.
         load_seconds: time until the model was loaded.
     """
 
@@ -43,12 +45,21 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A bundle against the float model of the same checkpoint."""
+    """A bundle against the float model of the same checkpoint.
+
+    Attributes:
+        bundle: the bundle.
+        against: the float model, in ONNX Runtime on the CPU.
+        threads: of ONNX Runtime.
+        tokens: length of the prompt.
+        runs_on: what ran the bundle; see `Runnable`.
+    """
 
     bundle: Side
     against: Side
     threads: int
     tokens: int
+    runs_on: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ratios, and both sides, as a dictionary for JSON.
@@ -63,12 +74,15 @@ class Benchmark:
             "float": dataclasses.asdict(self.against),
             "threads": self.threads,
             "tokens": self.tokens,
+            "runs_on": self.runs_on,
         }
 
 
 def bench(
     bundle: Bundle,
     *,
+    target: str | None = None,
+    provider: Provider | str = Provider.CPU,
     threads: int = 2,
     tokens: int | None = None,
     decode_tokens: int = 32,
@@ -77,11 +91,14 @@ def bench(
 ) -> Benchmark:
     """Measure `bundle` against the float32 export of its checkpoint.
 
-    The float model is exported from the recipe's checkpoint into a temporary folder. Each repeat measures both sides,
-    each in a process of its own that has the machine to itself; so slow phases of the machine hit both.
+    The float model is exported from the recipe's checkpoint into a temporary folder and runs on the CPU. Each repeat
+    measures both sides, each in a process of its own that has the machine to itself; so slow phases of the machine hit
+    both.
 
     Args:
         bundle: the bundle.
+        target: what of it to run; see `Bundle.load`.
+        provider: where ONNX Runtime runs it.
         threads: threads of ONNX Runtime.
         tokens: length of the prompt, and so of the context of the first new token; None is 512, or what fits.
         decode_tokens: how many new tokens are timed.
@@ -100,16 +117,17 @@ def bench(
             f"A prompt of {tokens} tokens and {decode_tokens} new ones do not fit into the model's context of "
             f"{context}. Ask for a prompt of 1 to {longest} tokens (--tokens)."
         )
+    runnable = bundle.runnable(target, provider)
     with tempfile.TemporaryDirectory(prefix="planish-bench-") as scratch:
-        models = {"bundle": bundle.model_path(), "float": _export(bundle, Path(scratch))}
+        models = {"bundle": runnable, "float": Runnable(_export(bundle, Path(scratch)))}
         sides = measure_sides(
             models, threads=threads, tokens=tokens, decode_tokens=decode_tokens, repeats=repeats, progress=progress
         )
-    return Benchmark(sides["bundle"], sides["float"], threads, tokens)
+    return Benchmark(sides["bundle"], sides["float"], threads, tokens, runnable.runs_on)
 
 
 def measure_sides(
-    models: Mapping[str, Path],
+    models: Mapping[str, Runnable],
     *,
     threads: int = 2,
     tokens: int = 512,
@@ -120,7 +138,7 @@ def measure_sides(
     """Measure several models in turn, `repeats` times, each time in a process of its own.
 
     Args:
-        models: name -> an ONNX file that planish wrote.
+        models: name -> a model that planish wrote, and what runs it.
         threads: threads of ONNX Runtime.
         tokens: length of the prompt.
         decode_tokens: how many new tokens are timed.
@@ -156,8 +174,8 @@ def _export(bundle: Bundle, folder: Path) -> Path:
     return save_model(float_model(open_first_layers(recipe.model, recipe.num_layers)), folder)
 
 
-def _measure(model: Path, threads: int, tokens: int, decode_tokens: int) -> dict[str, float]:
-    arguments = [str(model), str(threads), str(tokens), str(decode_tokens)]
+def _measure(runnable: Runnable, threads: int, tokens: int, decode_tokens: int) -> dict[str, float]:
+    arguments = [str(runnable.model), runnable.runs_on, str(threads), str(tokens), str(decode_tokens)]
     done = subprocess.run(
         [sys.executable, "-m", "planish.compiler.measure.bench_worker", *arguments],
         capture_output=True,
@@ -165,6 +183,6 @@ def _measure(model: Path, threads: int, tokens: int, decode_tokens: int) -> dict
         check=False,
     )
     if done.returncode:
-        raise PlanishError(f"{model} could not be measured: {done.stderr.strip().rpartition(chr(10))[2]}")
+        raise PlanishError(f"{runnable.model} could not be measured: {done.stderr.strip().rpartition(chr(10))[2]}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result

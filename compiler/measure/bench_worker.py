@@ -1,4 +1,7 @@
-"""Measure one model in a fresh process: `python -m planish.compiler.measure.bench_worker MODEL THREADS TOKENS NEW`."""
+"""Measure one model in a process of its own.
+
+python -m planish.compiler.measure.bench_worker MODEL RUNS_ON THREADS TOKENS NEW
+"""
 
 import json
 import sys
@@ -8,20 +11,21 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from planish.compiler.runtime.session import Session
+from planish.compiler.runtime.runnable import Runnable
 
 __all__ = ["main"]
 
-#: Prefills and decode steps before the clock starts: ONNX Runtime plans its memory in the first ones.
+#: Prefills and decode steps before the clock starts: ONNX Runtime plans its memory in the first ones, and TensorRT-RTX
+#: compiles its kernels.
 _WARM_UP = 2
 #: Prefills that are timed; the median counts.
 _PREFILLS = 3
 
 
-def main(model: str, threads: int, tokens: int, new: int) -> dict[str, float]:
-    """Measure `model`; see `Side` in planish.compiler.measure.bench for what the numbers are."""
+def main(runnable: Runnable, threads: int, tokens: int, new: int) -> dict[str, float]:
+    """Measure a model; see `Side` in planish.compiler.measure.bench for what the numbers are."""
     started = time.perf_counter()
-    session = Session(model, threads)
+    session = runnable.load(threads)
     load_seconds = time.perf_counter() - started
     # What the tokens are does not change the work; small numbers exist in every vocabulary.
     prompt = np.random.default_rng(0).integers(3, 200, (1, tokens))
@@ -53,4 +57,4 @@ def _peak_mib() -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], *map(int, sys.argv[2:5]))))
+    print(json.dumps(main(Runnable(Path(sys.argv[1]), sys.argv[2]), *map(int, sys.argv[3:6]))))

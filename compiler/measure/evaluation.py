@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from planish.compiler.measure.language_model import LanguageModel
 from planish.compiler.measure.texts import cut_windows, text_file
 from planish.compiler.progress import Progress, Silent
+from planish.compiler.runtime.language_model import LanguageModel
 from planish.compiler.runtime.tokenizer import Tokenizer
 
 __all__ = ["Evaluation", "evaluate", "evaluate_windows"]

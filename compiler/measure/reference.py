@@ -11,6 +11,7 @@ from torch import Tensor
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.optional import require
+from planish.compiler.runtime.language_model import UNLIMITED, Limits
 
 __all__ = ["Reference", "ReferenceCache"]
 
@@ -61,6 +62,16 @@ class Reference:
         # What is no weight has no memory yet either: the frequencies of RoPE, and a head that is the embedding.
         self._model.model.rotary_emb = type(self._model.model.rotary_emb)(config)
         self._model.tie_weights()
+
+    @property
+    def limits(self) -> Limits:
+        """None: PyTorch takes what there is memory for."""
+        return UNLIMITED
+
+    @property
+    def runs_on(self) -> str:
+        """What runs the model, and where."""
+        return f"PyTorch {torch.__version__}, cpu"
 
     @torch.inference_mode()
     def run(

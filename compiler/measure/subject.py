@@ -1,4 +1,4 @@
-"""A model to be measured: a bundle run by ONNX Runtime, or a checkpoint whose float model transformers runs."""
+"""A model to be measured: a bundle run by ONNX Runtime or TensorRT, or a checkpoint that transformers runs."""
 
 import dataclasses
 import tempfile
@@ -10,14 +10,12 @@ from planish.compiler.bundle.manifest import FileRecord
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.checkpoint.sidecars import end_tokens
 from planish.compiler.errors import CheckpointError, ComparisonError, UnsupportedModelError
-from planish.compiler.measure.language_model import LanguageModel
 from planish.compiler.measure.texts import Text
+from planish.compiler.runtime.language_model import LanguageModel
+from planish.compiler.runtime.provider import Provider
 from planish.compiler.runtime.tokenizer import Tokenizer
 
 __all__ = ["Subject", "check_same_tokens", "float_subject", "is_bundle", "open_subject"]
-
-#: Targets that are engines, not models that ONNX Runtime executes.
-_ENGINES = ("rtx", "tensorrt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,24 +43,31 @@ class Subject:
     fingerprint: str
 
 
-def open_subject(source: str | Path, *, target: str | None = None, threads: int | None = None) -> Subject:
+def open_subject(
+    source: str | Path,
+    *,
+    target: str | None = None,
+    threads: int | None = None,
+    provider: Provider | str = Provider.CPU,
+) -> Subject:
     """Open a bundle, or read a checkpoint into memory as float32.
 
     Args:
         source: the folder of a bundle, or what `open_checkpoint` takes.
-        target: of a bundle, what to run; see `Bundle.session`.
+        target: of a bundle, what to run; see `Bundle.load`.
         threads: of the model; None is one per core.
+        provider: of a bundle, where ONNX Runtime runs it; see `Bundle.load`.
 
     Raises:
-        UnsupportedModelError: if the target is an engine that could be loaded here: engines are not run by planish.
-        EngineMismatchError: if the target is an engine that cannot be loaded here.
-        PlanishError: as `Bundle.open` and `open_checkpoint` do.
+        UnsupportedModelError: if a target or a provider is asked for and the source is no bundle.
+        PlanishError: as `Bundle.open`, `Bundle.load` and `open_checkpoint` do.
     """
     if is_bundle(source):
-        return _of_bundle(Bundle.open(source), target, threads)
-    if target is not None:
+        return _of_bundle(Bundle.open(source), target, threads, Provider(provider))
+    if target is not None or provider != Provider.CPU:
         raise UnsupportedModelError(
-            f"{source} is no bundle, so it has no target {target}: a checkpoint is run in float32. Leave out --target."
+            f"{source} is no bundle: a checkpoint has no targets and is run in float32 on the CPU. Leave out --target "
+            "and --provider."
         )
     return _of_checkpoint(open_checkpoint(source), threads)
 
@@ -116,23 +121,18 @@ def check_same_tokens(subjects: list[Subject], text: Text) -> None:
             )
 
 
-def _of_bundle(bundle: Bundle, target: str | None, threads: int | None) -> Subject:
-    if target in _ENGINES:
-        bundle.engine(target)
-        raise UnsupportedModelError(
-            f"The {target} engine of {bundle.path} can be loaded here, but planish measures only what ONNX Runtime "
-            "executes: take --target ort or portable."
-        )
-    executed = bundle.model_path(target)
+def _of_bundle(bundle: Bundle, target: str | None, threads: int | None, provider: Provider) -> Subject:
+    model, executed = bundle.load(target, threads, provider), bundle.model_path(target).relative_to(bundle.path)
     return Subject(
         name=str(bundle.path),
         origin=bundle,
-        model=bundle.session(target, threads),
+        model=model,
         tokenizer=bundle.tokenizer,
-        max_context=bundle.manifest.max_context,
+        max_context=bundle.max_context(model),
         bos=_bos(bundle.tokenizer, bundle.config.bos_token_id, bundle.eos_token_ids),
         eos=bundle.eos_token_ids,
-        fingerprint=f"{FileRecord.of(bundle.path / MANIFEST_FILE).sha256} {executed.relative_to(bundle.path)}",
+        # Another processor, or another runtime, rounds sums in another order.
+        fingerprint=f"{FileRecord.of(bundle.path / MANIFEST_FILE).sha256} {executed} {model.runs_on}",
     )
 
 

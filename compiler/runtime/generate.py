@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planish.compiler.errors import TextError
-from planish.compiler.runtime.session import Session
+from planish.compiler.runtime.language_model import LanguageModel
 
 __all__ = ["GREEDY", "Sampling", "generate"]
 
@@ -51,7 +51,7 @@ GREEDY = Sampling()
 
 
 def generate(
-    session: Session,
+    session: LanguageModel,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,

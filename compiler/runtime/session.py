@@ -1,6 +1,7 @@
 """Run a planish model in ONNX Runtime, its KV cache kept where ONNX Runtime made it."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import OrtDevice, OrtValue, OrtValueVector
 
 from planish.compiler.errors import NotPlanishModelError
+from planish.compiler.runtime.language_model import UNLIMITED, Limits
 from planish.compiler.runtime.processor import PRODUCTS_WITHOUT_SATURATION, cpu_flags
+from planish.compiler.runtime.provider import Provider, check_provider, check_started
 
 __all__ = ["Cache", "Session"]
 
@@ -84,16 +87,21 @@ class Session:
         >>> logits, cache = session.run(np.array([[4]]), cache)  # doctest: +SKIP
     """
 
-    def __init__(self, model: str | Path, threads: int | None = None) -> None:
+    def __init__(self, model: str | Path, threads: int | None = None, provider: Provider | str = Provider.CPU) -> None:
         """Load `model`.
 
         Args:
             model: an ONNX file that planish wrote, its external data beside it.
             threads: threads of one operator; None leaves the number to ONNX Runtime (one per core).
+            provider: where operators run; those that CUDA has no kernel for run on the CPU, see `runs_on`.
 
         Raises:
             NotPlanishModelError: if the file cannot be loaded, or planish did not write it.
+            MissingExtraError: if the installed ONNX Runtime lacks the provider.
+            DeviceError: if the provider does not start.
         """
+        provider = Provider(provider)
+        check_provider(provider)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
@@ -102,10 +110,14 @@ class Session:
         if not PRODUCTS_WITHOUT_SATURATION & set(cpu_flags()):
             # Products of unsigned by signed 8-bit codes saturate then, unless a slower kernel is asked for.
             options.add_session_config_entry("session.x64quantprecision", "1")
+        if provider is Provider.CUDA:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
-            self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(model), options, providers=provider.names)
         except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
             raise NotPlanishModelError(f"ONNX Runtime cannot load {model}: {error}") from error
+        check_started(provider, self._session.get_providers())
+        self._provider, self._cache_place = provider, provider.place
         inputs = {i.name: i for i in self._session.get_inputs()}
         if self._session.get_modelmeta().producer_name != "planish" or "input_ids" not in inputs:
             raise NotPlanishModelError(
@@ -118,6 +130,22 @@ class Session:
         )
         self._inputs = [*_TOKEN_INPUTS, *(slot.past for slot in self._slots)]
         self._outputs = ["logits", *(slot.present for slot in self._slots)]
+
+    @property
+    def limits(self) -> Limits:
+        """None: ONNX Runtime takes what there is memory for."""
+        return UNLIMITED
+
+    @property
+    def runs_on(self) -> str:
+        """What runs the model, and where; with CUDA, how many of its operators run there."""
+        title = f"ONNX Runtime {ort.__version__}, {self._provider}"
+        if self._provider is Provider.CPU:
+            return title
+        counts = Counter[str]()
+        for part in self._session.get_provider_graph_assignment_info():
+            counts[part.ep_name] += len(part.get_nodes())
+        return f"{title} ({counts[self._provider.names[0]]} of {counts.total()} operators, the others on the cpu)"
 
     @property
     def cache_inputs(self) -> tuple[str, ...]:
@@ -191,9 +219,8 @@ class Session:
         for value in (*(OrtValue.ortvalue_from_numpy(array, _CPU) for array in tokens), *cache.tensors):
             feeds.push_back(value)
         outputs = [*self._outputs, *names]
-        self._session.run_with_ortvaluevector(
-            ort.RunOptions(), self._inputs, feeds, outputs, fetches, [_CPU] * len(outputs)
-        )
+        places = [_CPU, *[self._cache_place] * len(self._slots), *[_CPU] * len(names)]
+        self._session.run_with_ortvaluevector(ort.RunOptions(), self._inputs, feeds, outputs, fetches, places)
         logits, *rest = fetches
         present, extra = rest[: len(self._slots)], rest[len(self._slots) :]
         return logits.numpy(), Cache(tuple(present), seen), [value.numpy() for value in extra]

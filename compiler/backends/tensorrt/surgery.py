@@ -53,6 +53,7 @@ class Surgery:
         self._gs: Any = require("onnx_graphsurgeon")
         self._base, self._folder = model.parent, folder
         proto = onnx.load(model, load_external_data=False)
+        _drop_defaults(proto.graph)
         self._ir_version = proto.ir_version
         self._producer = proto.producer_name
         self.graph: Any = self._gs.import_onnx(proto)
@@ -117,3 +118,11 @@ class Surgery:
                 repacked = str(value.const_value.location) == _DATA
                 value.const_value.base_dir = self._folder if repacked else self._base
         return model
+
+
+def _drop_defaults(graph: onnx.GraphProto) -> None:
+    """Drop the default values of inputs: onnx-graphsurgeon would keep these and drop the inputs."""
+    inputs = {value.name for value in graph.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name not in inputs]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)

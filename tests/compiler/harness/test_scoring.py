@@ -93,7 +93,7 @@ class Counting:
     """Counts the tokens that a model runs, padding left out."""
 
     def __init__(self, model: Any) -> None:
-        self._model, self.real = model, 0
+        self._model, self.real, self.limits = model, 0, model.limits
 
     def run(self, input_ids: Any, cache: Any = None, *, mask: Any = None, logits_to_keep: int = 0) -> Any:
         self.real += int(np.sum(mask))

@@ -35,7 +35,7 @@ class Counting:
     """Counts runs, and may end like a killed process."""
 
     def __init__(self, model: Any, deadly: int | None = None) -> None:
-        self._model, self._deadly, self.runs = model, deadly, 0
+        self._model, self._deadly, self.runs, self.limits = model, deadly, 0, model.limits
 
     def run(self, *arguments: Any, **options: Any) -> Any:
         self.runs += 1

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from planish.compiler.backends.tensorrt import check as engine_check
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.errors import ComparisonError, UnsupportedModelError
@@ -77,9 +76,7 @@ def test_other_tokenizers(tiny: Path, tmp_path: Path, text: Path) -> None:
         check_same_tokens([ours, open_subject(folder)], Text("x", "x"))
 
 
-def test_engines_are_not_run(bundle: Bundle, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnsupportedModelError, match="a checkpoint is run in float32"):
-        open_subject(tiny, target="ort")
-    monkeypatch.setattr(Bundle, "engine", lambda self, target: engine_check)
-    with pytest.raises(UnsupportedModelError, match=r"engine of .* can be loaded here"):
-        open_subject(bundle.path, target="rtx")
+@pytest.mark.parametrize("options", [{"target": "ort"}, {"provider": "cuda"}])
+def test_a_checkpoint_is_run_in_one_way(tiny: Path, options: dict[str, str]) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"run in float32 on the CPU\. Leave out --target and --provider"):
+        open_subject(tiny, **options)  # type: ignore[arg-type]

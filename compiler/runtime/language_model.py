@@ -1,12 +1,31 @@
-"""What every model that is measured can do, whatever runs it."""
+"""What everything that runs a model can do, and how much it takes at once."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LanguageModel", "ModelCache"]
+__all__ = ["UNLIMITED", "LanguageModel", "Limits", "ModelCache"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How much a model takes.
+
+    Attributes:
+        sequences: of a batch, at most; None is any number.
+        context: tokens of a sequence and its padding, cached ones included, at most; None is what the model was made
+            for.
+    """
+
+    sequences: int | None = None
+    context: int | None = None
+
+
+#: As many sequences and tokens as there is memory for.
+UNLIMITED = Limits()
 
 
 class ModelCache(Protocol):
@@ -18,6 +37,14 @@ class ModelCache(Protocol):
 
 class LanguageModel(Protocol):
     """A model that runs new tokens behind cached ones, as `planish.compiler.runtime.session.Session` does."""
+
+    @property
+    def limits(self) -> Limits:
+        """How much the model takes at once."""
+
+    @property
+    def runs_on(self) -> str:
+        """What runs the model, and where, in words."""
 
     def run(
         self, input_ids: npt.ArrayLike, cache: Any = None, *, mask: npt.ArrayLike | None = None, logits_to_keep: int = 0

@@ -23,6 +23,7 @@ from planish.compiler.verify.oracle import Oracle
 from planish.passes.high_impact import SUFFIXES, Segment
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import Transforms
+from planish.plugins import torch_ops
 from planish.plugins.packing import unpack
 from planish.plugins.torch_ops import QuantizedTokens
 from tests.kernel_reference import natural_codes
@@ -51,7 +52,7 @@ class Run:
 
     def __init__(self, decoder: Decoder, prompt: list[int], tokens: int) -> None:
         made: list[QuantizedTokens] = []
-        quantize = decoder_module.quantize_tokens
+        quantize = torch_ops.quantize_tokens
 
         def recording(*arguments: Any, **named: Any) -> QuantizedTokens:
             made.append(quantize(*arguments, **named))
@@ -181,8 +182,7 @@ class _Stored:
     def _folded_order(self, layer: int) -> list[int]:
         """Return the order in which FoldChannelOrderPass has put the rows of gate and up; empty where it has not."""
         quantize = self._nodes.get(f"model.layers.{layer}.mlp.down_proj.high.input")
-        assert quantize is None or quantize.inputs[0] is not None
-        maker = None if quantize is None else quantize.inputs[0].producer()
+        maker = None if quantize is None else quantize.predecessors()[0]
         if maker is None or maker.op_type != "Split":
             return []
         return [int(i) for i in self._transforms.layers[layer].high["ffn_out"].order]

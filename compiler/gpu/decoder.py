@@ -140,7 +140,8 @@ class Decoder:
     def step(self) -> Tensor:
         """Run the token chosen last, choose the next, and return its logits, float32 [1, vocab]; nothing is waited for.
 
-        Behind a capture the logits are the graph's own memory, which the next step overwrites.
+        Whoever calls it stays within the context. Behind a capture the logits are the graph's own memory, which the
+        next step overwrites.
         """
         if self._graph is not None:
             self._graph.replay()
@@ -165,11 +166,11 @@ class Decoder:
 
         PyTorch wants the warm-up on a stream of its own, so that nothing is initialised while capturing.
         """
-        self._past.zero_()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
+                self._past.zero_()
                 self._run_step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

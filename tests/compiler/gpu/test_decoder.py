@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import DeviceError, TextError, UnsupportedModelError
@@ -36,7 +35,7 @@ from tests.onnx_run import CachedModel, range_error
 from tests.tiny import write_tiny
 
 #: Heads that the kernels take, and widths with padding in every layout.
-SHAPE = {"hidden_size": 192, "intermediate_size": 328, "num_attention_heads": 3, "num_key_value_heads": 1,
+SHAPE = {"hidden_size": 192, "intermediate_size": 328, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 64}  # fmt: skip
 CONTEXT = 64
 #: Largest difference of a logit, roundings followed, as a share of the range of the logits; 2e-4 is seen.
@@ -130,7 +129,9 @@ def test_one_token_is_onnx_runtimes(form: str, device: torch.device, tmp_path: P
         assert found.argmax() == expected.argmax()
 
 
-def test_a_compiled_bundle_within_a_budget_of_bits(device: torch.device, text: Path, tmp_path: Path) -> None:
+def test_a_compiled_bundle_within_a_budget_of_bits(
+    device: torch.device, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = write_tiny(tmp_path / "tiny", **SHAPE)
     bundle = compile_model(
         checkpoint, tmp_path / "out", scheme="w3a3k3v3", avg_bits=3.9, select="measured", dataset=str(text), nsamples=6,
@@ -142,6 +143,9 @@ def test_a_compiled_bundle_within_a_budget_of_bits(device: torch.device, text: P
     Portable(bundle.model_path("portable"), bundle.config, bundle.scheme, transforms).check(
         Run(decoder, bundle.tokenizer.encode("the hen ran in"), 8)
     )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="finds no GPU, and the decoder runs on one"):
+        Decoder.open(bundle)
 
 
 def test_generation_ends_where_it_should(device: torch.device, tmp_path: Path) -> None:
@@ -219,9 +223,3 @@ def test_heads_that_have_no_kernel(device: torch.device, tmp_path: Path) -> None
     portable = Portable.write(tmp_path, "w4a4k4v4", None, head_dim=24)
     with pytest.raises(ValueError, match="heads of 24 channels have no kernel; those of 64, 96 and 128 have"):
         portable.decoder(device)
-
-
-def test_no_gpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(DeviceError, match="finds no GPU, and the decoder runs on one"):
-        Decoder.open(bundle)

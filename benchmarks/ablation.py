@@ -26,14 +26,14 @@ from torch import Tensor
 from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.learn.block import Angles, FloatHooks, Hooks, read_block, run_block
-from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.flatten_block import flatten_block
 from planish.compiler.learn.flattening import held_out_sequences
+from planish.compiler.learn.gradient.refine import Refinement
 from planish.compiler.learn.precision import fast_products
-from planish.compiler.learn.refine import Refinement
-from planish.compiler.learn.rotated import RotatedCheckpoint
-from planish.compiler.learn.site_fit import Steps
+from planish.compiler.learn.rounding.site_fit import Steps
 from planish.compiler.learn.streams import Streams
+from planish.compiler.learn.transforms.candidates import Form
+from planish.compiler.learn.transforms.rotated import RotatedCheckpoint
 from planish.compiler.measure.texts import read_text
 from planish.compiler.progress import Silent
 from planish.compiler.quantize.arithmetic import low_bit_linear, quantize_weight

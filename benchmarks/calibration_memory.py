@@ -37,7 +37,7 @@ def flatten(checkpoint: Path, blocks: int, tokens: tuple[int, int], scheme: str,
     """Flatten the first blocks of a checkpoint; return the peaks in MiB after the imports and after every block."""
     from planish.compiler.checkpoint.first_layers import open_first_layers
     from planish.compiler.learn.flattening import flatten_checkpoint
-    from planish.compiler.learn.refine import Refinement
+    from planish.compiler.learn.gradient.refine import Refinement
     from planish.compiler.quantize.codes import CodesOnDisk
     from planish.compiler.select.forms import forms_of_groups
     from planish.passes.scheme import Scheme

@@ -26,12 +26,12 @@ from rich.table import Table
 from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.learn.block import Angles, FloatHooks, read_block
-from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.flatten_block import flatten_block
 from planish.compiler.learn.flattening import held_out_sequences
 from planish.compiler.learn.precision import fast_products
-from planish.compiler.learn.site_fit import HighCount, Steps
+from planish.compiler.learn.rounding.site_fit import HighCount, Steps
 from planish.compiler.learn.streams import Streams
+from planish.compiler.learn.transforms.candidates import Form
 from planish.compiler.progress import Progress, progress_for
 from planish.compiler.select.channel_split import ChannelSplit
 from planish.compiler.select.choose_forms import choose_forms

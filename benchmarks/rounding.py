@@ -18,12 +18,12 @@ from torch import Tensor
 
 from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
-from planish.compiler.learn.adaround import adaround
 from planish.compiler.learn.block import SITE_MODULES, Angles, Block, FloatHooks, read_block, run_block
-from planish.compiler.learn.gptq import gptq
 from planish.compiler.learn.precision import fast_products
-from planish.compiler.learn.row_errors import row_errors
-from planish.compiler.learn.weight_clips import learn_clips
+from planish.compiler.learn.rounding.adaround import adaround
+from planish.compiler.learn.rounding.gptq import gptq
+from planish.compiler.learn.rounding.row_errors import row_errors
+from planish.compiler.learn.rounding.weight_clips import learn_clips
 from planish.compiler.quantize.arithmetic import QuantizedWeight, dequantize_weight, quantize_weight
 from planish.passes.scheme import LinearFormat
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.learn.block import SITE_MODULES, read_block
-from planish.compiler.learn.candidates import closed_form
-from planish.compiler.learn.gptq import gptq
 from planish.compiler.learn.precision import fast_products
-from planish.compiler.learn.row_errors import damped, row_errors
-from planish.compiler.learn.segments import assemble, round_segments
+from planish.compiler.learn.rounding.gptq import gptq
+from planish.compiler.learn.rounding.row_errors import damped, row_errors
+from planish.compiler.learn.rounding.segments import assemble, round_segments
+from planish.compiler.learn.transforms.candidates import closed_form
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
 from planish.compiler.select.channel_split import ChannelSplit
 from planish.passes.high_impact import CHANNEL_STEP, HighImpact, Segment, segments

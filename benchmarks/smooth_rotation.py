@@ -20,10 +20,10 @@ from torch import Tensor
 from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.learn.block import Angles, FloatHooks, read_block, run_block
-from planish.compiler.learn.factors import Factors
-from planish.compiler.learn.hadamard import hadamard_transform
-from planish.compiler.learn.smooth_rotation import Policy, SmoothRotation, smooth_rotation
-from planish.compiler.learn.smooth_rotation_error import Tokens, output_errors, summed_up
+from planish.compiler.learn.smooth.error import Tokens, output_errors, summed_up
+from planish.compiler.learn.smooth.smooth_rotation import Policy, SmoothRotation, smooth_rotation
+from planish.compiler.learn.transforms.factors import Factors
+from planish.compiler.learn.transforms.hadamard import hadamard_transform
 from planish.passes.scheme import LinearFormat, Scheme
 from planish.passes.transforms import Site
 

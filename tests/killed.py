@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from planish.compiler.cli import main
-from planish.compiler.learn import flattening, polish
+from planish.compiler.learn import flattening
+from planish.compiler.learn.polish import polish
 from planish.compiler.pipeline import flatten
 
 __all__ = ["WATCHED", "watch"]

@@ -7,10 +7,10 @@ import torch
 
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.learn.block import Angles, Block, FloatHooks, read_block, run_block
-from planish.compiler.learn.factors import Factors
-from planish.compiler.learn.site_factors import closed_form_factors
-from planish.compiler.learn.site_moments import SiteMoments, gather_moments
 from planish.compiler.learn.streams import Streams
+from planish.compiler.learn.transforms.factors import Factors
+from planish.compiler.learn.transforms.site_factors import closed_form_factors
+from planish.compiler.learn.transforms.site_moments import SiteMoments, gather_moments
 from planish.compiler.select.forms import forms_of_groups
 from planish.passes.transforms import Kind, Site
 from tests.tiny import VARIANTS, write_tiny

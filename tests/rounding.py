@@ -2,7 +2,7 @@
 
 import torch
 
-from planish.compiler.learn.row_errors import row_errors
+from planish.compiler.learn.rounding.row_errors import row_errors
 
 __all__ = ["error", "moment", "weights"]
 

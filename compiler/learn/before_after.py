@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from planish.compiler.learn.block import SITE_MODULES, Angles, Block, run_block
-from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.low_bit import LowBitHooks, round_activation, round_cached, round_mapped
-from planish.compiler.learn.site_moments import RESIDUAL_SITES, residual_weights
 from planish.compiler.learn.site_statistics import WatchedFloat, WatchedLowBit
 from planish.compiler.learn.streams import Sequences, Streams
+from planish.compiler.learn.transforms.factors import Factors
+from planish.compiler.learn.transforms.site_moments import RESIDUAL_SITES, residual_weights
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, Site

@@ -6,17 +6,17 @@ from typing import Any
 
 from planish.compiler.learn.before_after import BeforeAfter, compare_block
 from planish.compiler.learn.block import SITE_MODULES, Angles, Block
-from planish.compiler.learn.candidates import Form
-from planish.compiler.learn.clips import kv_clips
-from planish.compiler.learn.factors import Factors
-from planish.compiler.learn.fold import fold_block
+from planish.compiler.learn.gradient.refine import Refinement, refine_block
 from planish.compiler.learn.low_bit import LowBitHooks
-from planish.compiler.learn.refine import Refinement, refine_block
-from planish.compiler.learn.segments import select_rows
-from planish.compiler.learn.site_factors import fit_factors
-from planish.compiler.learn.site_fit import HighCount, SiteFit, Steps
-from planish.compiler.learn.site_moments import residual_weights
+from planish.compiler.learn.rounding.clips import kv_clips
+from planish.compiler.learn.rounding.segments import select_rows
+from planish.compiler.learn.rounding.site_fit import HighCount, SiteFit, Steps
 from planish.compiler.learn.streams import Sequences, Streams
+from planish.compiler.learn.transforms.candidates import Form
+from planish.compiler.learn.transforms.factors import Factors
+from planish.compiler.learn.transforms.fold import fold_block
+from planish.compiler.learn.transforms.site_factors import fit_factors
+from planish.compiler.learn.transforms.site_moments import residual_weights
 from planish.compiler.quantize.arithmetic import QuantizedWeight
 from planish.passes.high_impact import HighImpact, segments
 from planish.passes.scheme import Scheme

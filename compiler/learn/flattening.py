@@ -19,13 +19,13 @@ from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.files import write_json
 from planish.compiler.errors import CalibrationError
 from planish.compiler.learn.block import Angles, Block, FloatHooks, read_block, run_block
-from planish.compiler.learn.candidates import Form
 from planish.compiler.learn.flatten_block import Flattened, flatten_block
+from planish.compiler.learn.gradient.refine import Refinement
 from planish.compiler.learn.precision import fast_products
-from planish.compiler.learn.refine import Refinement
-from planish.compiler.learn.site_fit import HighCount, Steps
+from planish.compiler.learn.rounding.site_fit import HighCount, Steps
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.streams import Sequences
+from planish.compiler.learn.transforms.candidates import Form
 from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.select.plan_file import load_transforms, save_transforms, site_widths
 from planish.passes.high_impact import HighImpact

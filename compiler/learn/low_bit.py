@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from planish.compiler.learn.block import Block
-from planish.compiler.learn.factors import Factors
+from planish.compiler.learn.transforms.factors import Factors
 from planish.compiler.quantize.arithmetic import channels_of, dequantize_kv, quantize_kv
 from planish.passes.high_impact import HighImpact, Segment, segments
 from planish.passes.scheme import FLOAT_BITS, Scheme

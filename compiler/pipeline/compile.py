@@ -17,7 +17,7 @@ from planish.compiler.checkpoint.first_layers import open_first_layers
 from planish.compiler.export.float_model import save_model
 from planish.compiler.export.portable import portable_model
 from planish.compiler.learn.device import clear_memory_errors, open_device
-from planish.compiler.learn.rotated import RotatedCheckpoint
+from planish.compiler.learn.transforms.rotated import RotatedCheckpoint
 from planish.compiler.pipeline.estimate import Work, estimate, unasked_polish
 from planish.compiler.pipeline.flatten import Flattening, check_calibration, flatten
 from planish.compiler.pipeline.high_impact import HighChannels, high_channels, high_impact_fingerprint, untransformed

@@ -8,8 +8,8 @@ import dataclasses
 
 from planish.compiler.calibrate.settings import SELF
 from planish.compiler.checkpoint.config import LlamaConfig
-from planish.compiler.learn.candidates import Form
-from planish.compiler.learn.hadamard import split_width
+from planish.compiler.learn.transforms.candidates import Form
+from planish.compiler.learn.transforms.hadamard import split_width
 from planish.compiler.pipeline.recipe import Recipe, Target
 from planish.compiler.pipeline.stored_weights import FOR_ENGINES, FOR_ORT, PACKED, HighShares, blocks_bytes, model_bytes
 from planish.compiler.select.forms import form_of

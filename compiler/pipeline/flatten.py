@@ -16,16 +16,16 @@ from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.files import write_json
 from planish.compiler.learn.block import MODULES
-from planish.compiler.learn.candidates import kind_of
 from planish.compiler.learn.flattening import flatten_checkpoint, held_out_sequences, read_evidence
-from planish.compiler.learn.next_token import Head, rounded_to_nearest_outputs
-from planish.compiler.learn.polish import polish
-from planish.compiler.learn.refine import Refinement
-from planish.compiler.learn.rotated import RotatedCheckpoint
-from planish.compiler.learn.segments import Rounding
-from planish.compiler.learn.site_fit import Steps
+from planish.compiler.learn.gradient.refine import Refinement
+from planish.compiler.learn.polish.next_token import Head, rounded_to_nearest_outputs
+from planish.compiler.learn.polish.polish import polish
+from planish.compiler.learn.rounding.segments import Rounding
+from planish.compiler.learn.rounding.site_fit import Steps
 from planish.compiler.learn.stream_files import StreamFiles
-from planish.compiler.learn.transformed import TransformedCheckpoint
+from planish.compiler.learn.transforms.candidates import kind_of
+from planish.compiler.learn.transforms.rotated import RotatedCheckpoint
+from planish.compiler.learn.transforms.transformed import TransformedCheckpoint
 from planish.compiler.pipeline.high_impact import HighChannels, place_high_channels, unranked
 from planish.compiler.pipeline.loud_sites import loudest_sites
 from planish.compiler.progress import Progress

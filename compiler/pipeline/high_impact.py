@@ -13,8 +13,8 @@ import torch
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import PlanError, SelectionError
-from planish.compiler.learn.candidates import Form
-from planish.compiler.learn.site_fit import HighCount
+from planish.compiler.learn.rounding.site_fit import HighCount
+from planish.compiler.learn.transforms.candidates import Form
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.progress import Progress
 from planish.compiler.select.fitted_transforms import fit_transforms

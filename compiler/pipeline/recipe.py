@@ -13,7 +13,7 @@ from planish.compiler.calibrate.settings import SELF, CalibrationSettings
 from planish.compiler.checkpoint.files import write_text
 from planish.compiler.errors import CalibrationError, RecipeError, SelectionError
 from planish.compiler.learn.device import device_kind
-from planish.compiler.learn.segments import Rounding
+from planish.compiler.learn.rounding.segments import Rounding
 from planish.compiler.pipeline.recipe_file import RecipeFile
 from planish.compiler.select.high_channels import HighPolicy
 from planish.compiler.select.overrides import SiteOverride

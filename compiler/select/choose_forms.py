@@ -11,8 +11,8 @@ import torch
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.errors import SelectionError
-from planish.compiler.learn.candidates import Form
-from planish.compiler.learn.search import Searched
+from planish.compiler.learn.gradient.search import Searched
+from planish.compiler.learn.transforms.candidates import Form
 from planish.compiler.progress import Progress
 from planish.compiler.select.budget import Candidate, choose
 from planish.compiler.select.forms import MEASURED_FORMS, SITE_GROUPS, form_of, forms_of_groups

@@ -16,9 +16,9 @@ import torch
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.learn.block import Angles, Block
-from planish.compiler.learn.candidates import Form
-from planish.compiler.learn.site_factors import fit_factors
 from planish.compiler.learn.streams import Sequences, Streams
+from planish.compiler.learn.transforms.candidates import Form
+from planish.compiler.learn.transforms.site_factors import fit_factors
 from planish.compiler.progress import Progress
 from planish.compiler.select.float_blocks import visit_float_blocks
 from planish.compiler.select.plan_file import load_transforms, save_transforms, site_widths

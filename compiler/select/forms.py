@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from planish.compiler.checkpoint.config import LlamaConfig
-from planish.compiler.learn.candidates import Form
+from planish.compiler.learn.transforms.candidates import Form
 from planish.compiler.select.kurtosis import Group
 from planish.passes.transforms import Kind, Site, Transform
 

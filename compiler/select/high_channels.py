@@ -2,7 +2,8 @@
 
 Channels are those behind the transforms of the float model (`fitted_transforms.py`). Its Fisher information ranks them,
 `pair_losses.py` measures what numbers of them cost each block, and `ratios.py` solves for the numbers of all blocks
-together (arXiv 2511.17801). Which channels they are is found again when a block is flattened (`learn/site_fit.py`).
+together (arXiv 2511.17801). Which channels they are is found again when a block is flattened
+(`learn/rounding/site_fit.py`).
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import torch
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.errors import SelectionError
 from planish.compiler.learn.block import SITE_MODULES
-from planish.compiler.learn.site_fit import HighCount
+from planish.compiler.learn.rounding.site_fit import HighCount
 from planish.compiler.progress import Progress
 from planish.compiler.select.channel_split import ChannelSplit
 from planish.compiler.select.pair_losses import BY_SITE, PairLosses, group_shapes, measure_pair_losses

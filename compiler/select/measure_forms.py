@@ -14,13 +14,13 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.learn.block import SITE_MODULES, Angles, Block, FloatHooks, enter_block, run_block, run_site
-from planish.compiler.learn.candidates import Form
-from planish.compiler.learn.clips import read_heads, search_clip, search_kv_clip
-from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.low_bit import round_activation, round_mapped
-from planish.compiler.learn.site_factors import closed_form_factors
-from planish.compiler.learn.site_moments import gather_moments, residual_weights
+from planish.compiler.learn.rounding.clips import read_heads, search_clip, search_kv_clip
 from planish.compiler.learn.streams import Sequences, Streams
+from planish.compiler.learn.transforms.candidates import Form
+from planish.compiler.learn.transforms.factors import Factors
+from planish.compiler.learn.transforms.site_factors import closed_form_factors
+from planish.compiler.learn.transforms.site_moments import gather_moments, residual_weights
 from planish.compiler.progress import Progress
 from planish.compiler.quantize.arithmetic import QuantizedWeight, dequantize_weight, quantize_weight
 from planish.compiler.select.float_blocks import visit_float_blocks

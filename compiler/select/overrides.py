@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from planish.compiler.errors import SelectionError
-from planish.compiler.learn.candidates import Form, kind_of
+from planish.compiler.learn.transforms.candidates import Form, kind_of
 from planish.compiler.select.forms import SITE_FORMS, form_of
 from planish.passes.scheme import LinearFormat, Scheme
 from planish.passes.transforms import SITE_MODULES, SITES, Kind, Site

@@ -30,12 +30,12 @@ from planish.compiler.learn.block import (
     run_block,
     run_site,
 )
-from planish.compiler.learn.block_loss import residual_loss
-from planish.compiler.learn.clips import search_clip
+from planish.compiler.learn.gradient.block_loss import residual_loss
 from planish.compiler.learn.low_bit import Reached, round_inputs
-from planish.compiler.learn.site_moments import RESIDUAL_SITES, residual_weights
+from planish.compiler.learn.rounding.clips import search_clip
 from planish.compiler.learn.streams import Sequences, Streams
-from planish.compiler.learn.transformed_hooks import TransformedHooks, factors_of_layer
+from planish.compiler.learn.transforms.site_moments import RESIDUAL_SITES, residual_weights
+from planish.compiler.learn.transforms.transformed_hooks import TransformedHooks, factors_of_layer
 from planish.compiler.progress import Progress
 from planish.compiler.quantize.arithmetic import channels_of
 from planish.compiler.select.channel_split import ChannelSplit, SplitWeight

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from planish.compiler.learn.factors import Factors
+from planish.compiler.learn.transforms.factors import Factors
 
 __all__ = ["rho", "rho_diagonal", "rho_of"]
 

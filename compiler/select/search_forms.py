@@ -11,7 +11,7 @@ import torch
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.learn.block import Block
-from planish.compiler.learn.search import Search, Searched, search_block
+from planish.compiler.learn.gradient.search import Search, Searched, search_block
 from planish.compiler.learn.streams import Sequences, Streams
 from planish.compiler.select.float_blocks import visit_float_blocks
 from planish.passes.scheme import Scheme

@@ -23,10 +23,10 @@ from torch import Tensor
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.errors import CalibrationError
 from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, Block, read_block, run_block
-from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.flattening import run_finite
 from planish.compiler.learn.precision import fast_products
-from planish.compiler.learn.transformed_hooks import TransformedHooks, factors_of_layer
+from planish.compiler.learn.transforms.factors import Factors
+from planish.compiler.learn.transforms.transformed_hooks import TransformedHooks, factors_of_layer
 from planish.compiler.progress import Progress
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
 from planish.compiler.select.channel_split import Axis

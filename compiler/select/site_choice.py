@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, 
 
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import PlanError
-from planish.compiler.learn.candidates import Form, kind_of
+from planish.compiler.learn.transforms.candidates import Form, kind_of
 from planish.compiler.select.forms import SITE_FORMS
 from planish.compiler.select.policy import SelectionPolicy
 from planish.passes.high_impact import CHANNEL_STEP

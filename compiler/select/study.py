@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import SelectionError
-from planish.compiler.learn.candidates import kind_of
+from planish.compiler.learn.transforms.candidates import kind_of
 from planish.compiler.select.choose_forms import ChosenForms, forms_by_kurtosis, forms_within_budget
 from planish.compiler.select.forms import SITE_GROUPS, form_of, forms_of_groups
 from planish.compiler.select.kurtosis import GROUPS, KINDS, Group, KurtosisRule, robust_z

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.config import LlamaConfig
-from planish.compiler.learn.factors import Factors
+from planish.compiler.learn.transforms.factors import Factors
 from planish.compiler.quantize.arithmetic import (
     QuantizedWeight,
     channels_of,

@@ -16,7 +16,7 @@ from planish.compiler.backends.tensorrt.parser_versions import check_ops
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.export.float_model import save_model
 from planish.compiler.export.portable import portable_model
-from planish.compiler.learn.transformed import TransformedCheckpoint
+from planish.compiler.learn.transforms.transformed import TransformedCheckpoint
 from planish.compiler.quantize.codes import quantize_checkpoint
 from planish.passes.lower_defaults_to_tensorrt import LowerDefaultsToTensorrtPass
 from planish.passes.lower_linears_to_tensorrt import LowerLinearsToTensorrtPass

@@ -21,7 +21,7 @@ from planish.compiler.export.float_model import save_model
 from planish.compiler.export.portable import portable_model
 from planish.compiler.gpu.decoder import Decoder
 from planish.compiler.gpu.weights import read_weights
-from planish.compiler.learn.transformed import TransformedCheckpoint
+from planish.compiler.learn.transforms.transformed import TransformedCheckpoint
 from planish.compiler.pipeline.compile import compile_model
 from planish.compiler.pipeline.high_impact import untransformed
 from planish.compiler.quantize.codes import quantize_checkpoint

@@ -12,8 +12,8 @@ from torch import Tensor
 from planish.compiler.calibrate.settings import CalibrationSettings
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.errors import DeviceError
-from planish.compiler.learn import polish
 from planish.compiler.learn.device import clear_memory_errors, device_kind, open_device
+from planish.compiler.learn.polish import polish
 from planish.compiler.pipeline.flatten import flatten
 from planish.compiler.pipeline.high_impact import HighChannels
 from planish.compiler.progress import Silent

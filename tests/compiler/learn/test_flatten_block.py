@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from planish.compiler.checkpoint import open_checkpoint
-from planish.compiler.learn import site_fit
 from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, Block, read_block, run_block
-from planish.compiler.learn.candidates import Form, kind_of
 from planish.compiler.learn.flatten_block import Flattened, flatten_block
-from planish.compiler.learn.site_fit import HighCount, Steps
+from planish.compiler.learn.rounding import site_fit
+from planish.compiler.learn.rounding.site_fit import HighCount, Steps
 from planish.compiler.learn.streams import Streams
+from planish.compiler.learn.transforms.candidates import Form, kind_of
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
 from planish.compiler.select.forms import MEASURED_FORMS, forms_of_groups
 from planish.compiler.select.plan_file import site_widths

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.errors import CalibrationError
 from planish.compiler.learn.flattening import flatten_checkpoint, held_out_sequences, read_evidence
-from planish.compiler.learn.transformed import TransformedCheckpoint
+from planish.compiler.learn.transforms.transformed import TransformedCheckpoint
 from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.select.forms import forms_of_groups
 from planish.compiler.verify.oracle import Oracle

@@ -11,9 +11,9 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.learn.block import Angles, read_block
-from planish.compiler.learn.clips import Heads, kv_clips, read_heads, search_kv_clip
-from planish.compiler.learn.factors import Factors
 from planish.compiler.learn.low_bit import LowBitHooks
+from planish.compiler.learn.rounding.clips import Heads, kv_clips, read_heads, search_kv_clip
+from planish.compiler.learn.transforms.factors import Factors
 from planish.compiler.quantize.arithmetic import dequantize_kv, quantize_kv
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, Site

@@ -7,10 +7,10 @@ import torch
 
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.learn.block import MODULES, Angles, read_block, run_block
-from planish.compiler.learn.factors import Factors
-from planish.compiler.learn.fold import fold_block
 from planish.compiler.learn.low_bit import LowBitHooks, Reached, round_activation, round_cached
-from planish.compiler.learn.transformed import TransformedCheckpoint
+from planish.compiler.learn.transforms.factors import Factors
+from planish.compiler.learn.transforms.fold import fold_block
+from planish.compiler.learn.transforms.transformed import TransformedCheckpoint
 from planish.compiler.quantize.arithmetic import dequantize_kv, dequantize_weight, quantize_activation, quantize_kv
 from planish.compiler.quantize.codes import quantize_checkpoint
 from planish.compiler.verify.oracle import Oracle

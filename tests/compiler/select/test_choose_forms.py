@@ -9,7 +9,7 @@ import pytest
 
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.errors import PlanError, SelectionError
-from planish.compiler.learn.candidates import Form, kind_of
+from planish.compiler.learn.transforms.candidates import Form, kind_of
 from planish.compiler.progress import Silent
 from planish.compiler.select import choose_forms as module
 from planish.compiler.select.choose_forms import choose_forms, forms_within_budget

@@ -11,7 +11,7 @@ import torch
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.errors import SelectionError
 from planish.compiler.learn.block import Angles, FloatHooks, read_block, run_block
-from planish.compiler.learn.transformed_hooks import TransformedHooks, factors_of_layer
+from planish.compiler.learn.transforms.transformed_hooks import TransformedHooks, factors_of_layer
 from planish.compiler.progress import Silent
 from planish.compiler.select.channel_split import ChannelSplit
 from planish.compiler.select.fitted_transforms import fit_transforms

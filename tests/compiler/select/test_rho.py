@@ -7,8 +7,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from planish.compiler.learn.candidates import FORMS, Form, closed_form
-from planish.compiler.learn.factors import Factors
+from planish.compiler.learn.transforms.candidates import FORMS, Form, closed_form
+from planish.compiler.learn.transforms.factors import Factors
 from planish.compiler.select.rho import rho, rho_diagonal, rho_of
 
 Matrix = npt.NDArray[np.float64]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from planish.compiler.checkpoint import open_checkpoint
-from planish.compiler.learn import search as search_module
-from planish.compiler.learn.search import Search, Searched
+from planish.compiler.learn.gradient import search as search_module
+from planish.compiler.learn.gradient.search import Search, Searched
 from planish.compiler.progress import Silent
 from planish.compiler.select import search_forms as module
 from planish.compiler.select.choose_forms import ChosenForms, choose_forms

@@ -10,7 +10,7 @@ import pytest
 
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import PlanError
-from planish.compiler.learn.candidates import Form, kind_of
+from planish.compiler.learn.transforms.candidates import Form, kind_of
 from planish.compiler.select.policy import SelectionPolicy
 from planish.compiler.select.site_choice import HighChoice, SiteChoice, read_choices, transforms_entry
 from planish.passes.transforms import SITES, Site

@@ -8,7 +8,7 @@ import pytest
 
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import SelectionError
-from planish.compiler.learn.candidates import Form
+from planish.compiler.learn.transforms.candidates import Form
 from planish.compiler.select.choose_forms import ChosenForms
 from planish.compiler.select.forms import MEASURED_FORMS, SITE_GROUPS, form_of, forms_of_groups
 from planish.compiler.select.kurtosis import Group

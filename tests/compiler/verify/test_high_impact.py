@@ -16,7 +16,7 @@ from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.errors import AccuracyError
 from planish.compiler.export.float_model import save_model
 from planish.compiler.export.portable import portable_model
-from planish.compiler.learn.transformed import TransformedCheckpoint
+from planish.compiler.learn.transforms.transformed import TransformedCheckpoint
 from planish.compiler.pipeline.high_impact import untransformed
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_activation, quantize_weight
 from planish.compiler.quantize.codes import CodesOnDisk, quantize_checkpoint

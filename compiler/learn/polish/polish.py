@@ -1,0 +1,237 @@
+"""Polish a flattened model as a whole: what stays in floating point learns to make up for what was rounded.
+
+Codes stay as they are. The gains of norms, the scales of weight rows, the clips and the online affine maps move, such
+that the distribution of the next token comes close to the float model's: min KL(p_float || p_low_bit) over the
+calibration text. Roundings pass the gradient straight through.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+
+from planish.compiler.checkpoint import Checkpoint
+from planish.compiler.learn.block import MODULES, SITE_MODULES, Angles, read_block, run_block
+from planish.compiler.learn.gradient.block_loss import conditioning
+from planish.compiler.learn.polish.next_token import Head
+from planish.compiler.learn.polish.polished_hooks import PolishedHooks
+from planish.compiler.learn.precision import fast_products
+from planish.compiler.learn.streams import Sequences
+from planish.compiler.learn.transforms.factors import Factors
+from planish.compiler.learn.transforms.fold import fold_block
+from planish.compiler.quantize.arithmetic import dequantize_weight
+from planish.compiler.quantize.codes import CodesOnDisk
+from planish.passes.scheme import Scheme
+from planish.passes.transforms import SITES, Transforms
+
+__all__ = ["Polished", "polish"]
+
+#: Largest learning rate of gains, scales and clips, and the share of steps to get there.
+_RATE, _WARM_UP = 2e-3, 0.15
+#: Largest learning rate of the entries of maps at 3 bits, and below. A step moves what codes were rounded for, whatever
+#: there is to win, and a bit more leaves a quarter of the error to win: at 4 bits this rate did more harm than good.
+_MAP_RATE = 2e-4
+_MOMENTA = (0.9, 0.95)
+#: Largest norm of the gradient of all parameters together.
+_LONGEST = 1.0
+_STATE = "polish.pt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Polished:
+    """What polishing made.
+
+    Attributes:
+        transforms: with new channel scales at the norms, new affine maps, and new clips.
+        row_scales: by module, or segment of it as `Segment.of` calls it, what multiplies the scales of its weight rows,
+            float32 [out].
+        divergence: mean KL divergence per held-out token, in nats: before, and after every epoch.
+        cross_entropy: of the model as it is kept, on held-out tokens, in nats.
+    """
+
+    transforms: Transforms
+    row_scales: dict[str, Tensor]
+    divergence: list[float]
+    cross_entropy: float
+
+
+def polish(
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    transforms: Transforms,
+    codes: CodesOnDisk,
+    token_ids: npt.NDArray[np.int64],
+    final: Sequences,
+    held_out: int,
+    epochs: int,
+    folder: Path,
+    *,
+    seed: int = 0,
+    device: torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Polished:
+    """Return the parameters at which the model is closest to the float one on held-out text; the start is one of them.
+
+    Args:
+        checkpoint: the float model.
+        scheme: of the model.
+        transforms: that `codes` were rounded under.
+        codes: of all linears of the blocks.
+        token_ids: calibration sequences, int64 [sequences, seq].
+        final: outputs of the float model's last block for them, float32 [sequences, seq, hidden], on `device`.
+        held_out: how many of the last sequences nothing is fitted to.
+        epochs: how often to go through the others.
+        folder: keeps the state after every epoch, from which a killed run goes on.
+        seed: of the order of sequences.
+        device: where the model is meanwhile, all of it; None is the CPU.
+        progress: (sequences done, sequences in all).
+    """
+    model = _Model(checkpoint, scheme, transforms, codes, device)
+    fitted = len(token_ids) - held_out
+    ids = torch.from_numpy(token_ids).to(device)
+    map_rate = _MAP_RATE * 4.0 ** min(0, 3 - min(scheme.linear.weight_bits, scheme.linear.activation_bits))
+    rates = [map_rate if is_map else _RATE for is_map in model.are_maps()]
+    groups = [{"params": [each], "lr": rate} for each, rate in zip(model.parameters(), rates, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=_MOMENTA)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=epochs * fitted, pct_start=_WARM_UP)
+    state = folder / _STATE
+    with fast_products():
+        if state.exists():
+            kept = torch.load(state, weights_only=True, map_location="cpu")
+            model.load(kept["model"])
+            optimizer.load_state_dict(kept["optimizer"])
+            schedule.load_state_dict(kept["schedule"])
+            best, divergence = kept["best"], kept["divergence"]
+        else:
+            divergence = [model.divergence(ids[fitted:], final[fitted:])]
+            best = model.state()
+        for epoch in range(len(divergence) - 1, epochs):
+            order = np.random.default_rng((seed, epoch)).permutation(fitted).tolist()
+            for done, sequence in enumerate(order, 1):
+                loss = model.loss(ids[sequence : sequence + 1], final[sequence : sequence + 1])
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                length = torch.nn.utils.clip_grad_norm_(model.parameters(), _LONGEST)
+                if length.isfinite():
+                    optimizer.step()
+                schedule.step()
+                if progress:
+                    progress(epoch * fitted + done, epochs * fitted)
+            found = model.divergence(ids[fitted:], final[fitted:])
+            if found < min(divergence):
+                # Maps that can hardly be inverted would not fold into the float model that is verified.
+                best, found = (model.state(), found) if model.is_invertible() else (best, math.inf)
+            divergence.append(found if math.isfinite(found) else math.inf)
+            made = {"model": model.state(), "best": best, "divergence": divergence}
+            unfinished = state.with_suffix(".part")
+            torch.save(made | {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, unfinished)
+            unfinished.rename(state)
+    model.load(best)
+    with fast_products():
+        cross_entropy = model.cross_entropy(token_ids[fitted:])
+    return Polished(model.transforms(), model.row_scales(), divergence, cross_entropy)
+
+
+class _Model:
+    """The low-bit model with everything that learns."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        scheme: Scheme,
+        transforms: Transforms,
+        codes: CodesOnDisk,
+        device: torch.device | None,
+    ) -> None:
+        self._config, self._transforms = checkpoint.config, transforms
+        table = torch.from_numpy(checkpoint.tensor("model.embed_tokens.weight").astype(np.float32))
+        # As they are stored in the compiled model.
+        self._embeddings = table.half().float().to(device)
+        self._head = Head.of(checkpoint, device)
+        self._layers = []
+        for i, layer in enumerate(transforms.layers):
+            factors = {site: Factors.of(layer[site], device) for site in SITES}
+            folded = fold_block(read_block(checkpoint, i).to(device), factors)
+            weights = {
+                segment.of(module): dequantize_weight(codes.quantized(segment.of(f"model.layers.{i}.{module}"))).to(
+                    device
+                )
+                for module in MODULES
+                for segment in codes.segments(f"model.layers.{i}.{module}")
+            }
+            self._layers.append(PolishedHooks(folded, factors, scheme.block(i), layer, weights))
+
+    def parameters(self) -> list[Tensor]:
+        """Return everything that learns."""
+        return [parameter for layer in self._layers for parameter in layer.learned.values()]
+
+    def are_maps(self) -> list[bool]:
+        """Return which of the parameters are maps."""
+        return [PolishedHooks.is_map(name) for layer in self._layers for name in layer.learned]
+
+    @torch.no_grad()
+    def is_invertible(self) -> bool:
+        """Return whether all maps are; see `conditioning`."""
+        return all(
+            conditioning({site: Factors.of(layer[site]) for site in SITE_MODULES}).problem is None
+            for layer in self.transforms().layers
+        )
+
+    def state(self) -> list[Tensor]:
+        """Return a copy of the parameters."""
+        return [parameter.detach().clone() for parameter in self.parameters()]
+
+    @torch.no_grad()
+    def load(self, state: Sequence[Tensor]) -> None:
+        """Take a copy of the parameters back."""
+        for parameter, value in zip(self.parameters(), state, strict=True):
+            parameter.copy_(value)
+
+    def loss(self, ids: Tensor, final: Tensor) -> Tensor:
+        """Return the mean KL divergence per token, in nats, for sequences [batch, seq]."""
+        return self._head.divergence(self._outputs(ids), final)
+
+    def _outputs(self, ids: Tensor) -> Tensor:
+        """Return what the last block puts out for sequences [batch, seq]."""
+        x, angles = self._embeddings[ids], Angles.of(self._config, ids.shape[1], ids.device)
+        for layer in self._layers:
+            # Activations are computed again for the gradient: memory holds those of one block.
+            if torch.is_grad_enabled():
+                x = recompute(run_block, self._config, layer, x, angles, use_reentrant=False)
+            else:
+                x = run_block(self._config, layer, x, angles)
+        return x
+
+    @torch.no_grad()
+    def divergence(self, ids: Tensor, final: Tensor) -> float:
+        """Return the mean KL divergence per token, in nats, of sequences taken one by one."""
+        losses = [float(self.loss(ids[i : i + 1], final[i : i + 1])) for i in range(len(ids))]
+        return sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def cross_entropy(self, token_ids: npt.NDArray[np.int64]) -> float:
+        """Return the cross entropy of tokens, int64 [sequences, seq], in nats; see `Head.mean_cross_entropy`."""
+        ids = torch.from_numpy(token_ids).to(self._embeddings.device)
+        outputs = torch.cat([self._outputs(ids[i : i + 1]) for i in range(len(ids))])
+        return self._head.mean_cross_entropy(outputs, token_ids)
+
+    def row_scales(self) -> dict[str, Tensor]:
+        """Return by module, or segment of it, what multiplies the scales of its rows."""
+        return {
+            f"model.layers.{i}.{name}": layer.learned[name].detach().exp().cpu()
+            for i, layer in enumerate(self._layers)
+            for name in layer.weights
+        }
+
+    def transforms(self) -> Transforms:
+        """Return the transforms with what was learned of scales and clips."""
+        layers = tuple(
+            layer.polished(before) for layer, before in zip(self._layers, self._transforms.layers, strict=True)
+        )
+        return dataclasses.replace(self._transforms, layers=layers)

@@ -1,0 +1,1 @@
+"""What stands at a site: transforms in closed form from moments, and their way into the weights."""

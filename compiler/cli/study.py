@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from planish.compiler.cli.app import JsonFlag, Output
+from planish.compiler.cli.app import JsonFlag, Output, plain_table
 
 if TYPE_CHECKING:
     from planish.compiler.select.study import SelectionStudy
@@ -79,17 +79,14 @@ def run_study_selection(
 
 
 def _show(out: Output, found: "SelectionStudy", perplexities: dict[str, float]) -> None:
-    out.line(
-        "policy                          attn                  ffn                   error     regret   cost   ppl"
-    )
+    groups = list(found.groups)
+    table = plain_table("", ["policy", *groups, "error", "regret", "cost", *(["perplexity"] if perplexities else [])])
     for each in found.policies:
-        counts = (
-            ", ".join(f"{number} {kind}" for kind, number in sorted(Counter(kinds).items()))
-            for kinds in each.kinds.values()
-        )
-        shown = "".join(f"{count:<22}" for count in counts)
-        ppl = f"{perplexities[each.policy]:.2f}" if each.policy in perplexities else ""
-        out.line(f"{each.policy:<32}{shown}{each.error:<10.5g}{each.regret:<+9.1%}{each.cost:<7.1%}{ppl}")
+        counts = (Counter(each.kinds[group]).most_common() for group in groups)
+        shown = (", ".join(f"{number} {kind}" for kind, number in of_group) for of_group in counts)
+        ppl = [f"{perplexities[each.policy]:.2f}"] if each.policy in perplexities else []
+        table.add_row(each.policy, *shown, f"{each.error:.5g}", f"{each.regret:+.1%}", f"{each.cost:.1%}", *ppl)
+    out.show(table)
     if "none" in perplexities:
         out.line(f"without transforms, rounded to nearest: perplexity {perplexities['none']:.2f}")
     for each in found.policies:

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -46,8 +46,8 @@ class WorkFolder:
         """Make the folder, or take up the one that a run with equal `settings` left, and keep others from it meanwhile.
 
         Raises:
-            OutputFolderError: if it cannot be made, or is in use, or holds what planish did not write, or if there is
-                something at `out`.
+            OutputFolderError: if it cannot be made, or is in use, or holds what planish did not write or a compile with
+                another recipe did not finish, or if there is something at `out`.
         """
         work = cls(out)
         with contextlib.ExitStack() as stack:
@@ -105,12 +105,25 @@ class WorkFolder:
                 if found["settings"] == settings:
                     progress.say(f"resuming from {self.path}")
                     return found
-            progress.say(f"{self.path} is of a compile with other settings or another planish; starting anew")
+                if found["settings"]["code"] == settings["code"]:
+                    self._check_command(found["settings"]["recipe"], settings["recipe"])
+            progress.say(f"{self.path} is of another checkpoint, text or planish; starting anew")
             for path in (self.bundle, self.codes, self.flatten):
                 shutil.rmtree(path, ignore_errors=True)
         fresh = {"settings": settings, "finished": {}}
         write_json(state, fresh)
         return fresh
+
+    def _check_command(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Refuse to throw away hours of work that its own command would finish."""
+        other = [
+            f"{name} {before[name]}, not {now[name]}" for name in now if name in before and before[name] != now[name]
+        ]
+        if other:
+            raise OutputFolderError(
+                f"{self.path} holds the unfinished work of a compile with other settings: {'; '.join(other)}. Finish "
+                "it by its own command, remove the folder to start anew, or choose another output folder."
+            )
 
     def _sizes(self, names: Iterable[str]) -> dict[str, int]:
         paths = {name: self.path / name for name in names}

@@ -235,8 +235,8 @@ def test_a_damaged_stage_is_made_again(
     assert model_hashes(compile_model(tiny, out, scheme=SCHEME, select="none")) == model_hashes(bundle)
 
 
-@pytest.mark.parametrize("change", ["scheme", "weights", "code"])
-def test_work_of_another_compile_is_discarded(
+@pytest.mark.parametrize("change", ["weights", "code"])
+def test_work_that_no_command_would_finish_is_discarded(
     change: str, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, out, heard = shutil.copytree(tiny, tmp_path / "model"), tmp_path / "out", Heard()
@@ -245,9 +245,22 @@ def test_work_of_another_compile_is_discarded(
         write_tiny(model, seed=1)
     if change == "code":
         monkeypatch.setattr(pipeline, "code_fingerprint", lambda: "another")
-    made = compile_model(model, out, scheme="w3a8k8v8" if change == "scheme" else SCHEME, select="none", progress=heard)
+    made = compile_model(model, out, scheme=SCHEME, select="none", progress=heard)
     assert "starting anew" in heard
     Bundle.open(made.path)
+
+
+def test_work_of_another_command_is_kept(
+    tiny: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    compile_until_verified(tiny, out, monkeypatch)
+    message = f"unfinished work .* scheme {SCHEME}, not w3a8k8v8; seed 0, not 1"
+    with pytest.raises(OutputFolderError, match=message):
+        compile_model(tiny, out, scheme="w3a8k8v8", select="none", seed=1)
+    heard = Heard()
+    assert model_hashes(compile_model(tiny, out, scheme=SCHEME, select="none", progress=heard)) == model_hashes(bundle)
+    assert "resuming" in heard
 
 
 def test_a_killed_compile_resumes(tiny: Path, tmp_path: Path) -> None:

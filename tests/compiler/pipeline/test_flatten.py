@@ -16,7 +16,7 @@ from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.bundle.inspection import inspect
 from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import open_checkpoint
-from planish.compiler.errors import CalibrationError, PlanError
+from planish.compiler.errors import CalibrationError, OutputFolderError, PlanError
 from planish.compiler.learn.flattening import held_out_sequences
 from planish.compiler.pipeline import flatten as flatten_module
 from planish.compiler.pipeline.compile import compile_model
@@ -137,24 +137,35 @@ compile_model({str(model)!r}, {str(out)!r}, progress=Killed(), **{settings!r})
     assert contents(resumed) == contents(fresh)
 
 
-@pytest.mark.parametrize("change", ["seed", "nsamples", "select", "text"])
-def test_other_settings_start_anew(change: str, tiny: Path, text: Path, tmp_path: Path, few: dict[str, Any]) -> None:
+def test_other_text_starts_anew(tiny: Path, text: Path, tmp_path: Path, few: dict[str, Any]) -> None:
     own = tmp_path / "text.txt"
     own.write_text(text.read_text(encoding="utf-8"), encoding="utf-8")
     settings = {**few, "select": "fixed:affine", "dataset": str(own)}
     with pytest.raises(KeyboardInterrupt):
         compile_model(tiny, tmp_path / "out", progress=Heard(stop_at=("flatten", 1)), **settings)
-    if change == "text":
-        # The same file, with other words in it.
-        own.write_text(own.read_text(encoding="utf-8").replace("the hen", "a tin"), encoding="utf-8")
-    other = {
-        **settings,
-        **{"seed": {"seed": 5}, "nsamples": {"nsamples": 7}, "select": {"select": "kurtosis"}}.get(change, {}),
-    }
+    # The same file, with other words in it.
+    own.write_text(own.read_text(encoding="utf-8").replace("the hen", "a tin"), encoding="utf-8")
     heard = Heard()
-    made = compile_model(tiny, tmp_path / "out", progress=heard, **other)
+    made = compile_model(tiny, tmp_path / "out", progress=heard, **settings)
     assert any("starting anew" in message for message in heard.messages)
-    assert contents(made) == contents(compile_model(tiny, tmp_path / "fresh", **other))
+    assert contents(made) == contents(compile_model(tiny, tmp_path / "fresh", **settings))
+
+
+@pytest.mark.parametrize("change", [{"seed": 5}, {"nsamples": 7}, {"select": "kurtosis"}])
+def test_other_settings_leave_what_is_unfinished(
+    change: dict[str, Any], tiny: Path, tmp_path: Path, few: dict[str, Any]
+) -> None:
+    settings = {**few, "select": "fixed:affine"}
+    with pytest.raises(KeyboardInterrupt):
+        compile_model(tiny, tmp_path / "out", progress=Heard(stop_at=("flatten", 1)), **settings)
+    ((name, value),) = change.items()
+    with pytest.raises(
+        OutputFolderError, match=f"other settings: {name} .*, not {value}. Finish it by its own command"
+    ):
+        compile_model(tiny, tmp_path / "out", **{**settings, **change})
+    heard = Heard()
+    compile_model(tiny, tmp_path / "out", progress=heard, **settings)
+    assert [step for step in heard.steps if step[0] == "flatten"] == [("flatten", 2)]
 
 
 def test_a_plan_makes_the_same_model_again(tiny: Path, tmp_path: Path, few: dict[str, Any]) -> None:

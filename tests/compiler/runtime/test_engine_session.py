@@ -129,7 +129,7 @@ def test_logits_to_keep_keeps_the_last(engine: Engine, keep: int) -> None:
 
 
 def test_rows_of_different_length_keep_their_last_logits(plugged: Engine) -> None:
-    ids, mask = np.array([[5, 6, 7], [2, 8, 2]]), np.array([[1, 1, 1], [0, 1, 0]])
+    ids, mask = np.array([[5, 6, 7, 9], [2, 4, 8, 2]]), np.array([[1, 1, 1, 1], [0, 1, 1, 0]])
     found, _ = plugged.session().run(ids, mask=mask, logits_to_keep=2)
     expected, _ = plugged.reference().run(ids, mask=mask, logits_to_keep=2)
     assert_near(plugged, found[0], expected[0])
@@ -180,6 +180,8 @@ def test_tasks_keep_to_what_the_engine_takes(float32: Engine) -> None:
     contexts = [tokens(count) for count in (25, 24, 9, 8, 8, 1)]
     lengths = [1, 2, 3, 8]
     asked = [Request(context, tokens(count)) for context in contexts for count in lengths if len(context) + count <= 32]
+    # Each fits into the context, and padded to the longest of both they do not.
+    asked += [Request(tokens(23), tokens(1)), Request(tokens(20), tokens(12))]
     # More continuations of one context than the engine takes at once.
     asked += [Request(contexts[2], tokens(3)) for _ in range(MAX_BATCH + 2)]
     found: dict[Request, Answer] = {}

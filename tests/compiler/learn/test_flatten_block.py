@@ -202,5 +202,5 @@ def test_channels_are_ranked_by_what_their_rounding_costs() -> None:
     by_inputs = HighCount(4, 64, by_rounding=False)
     assert site_fit._ranked(weight, moment, by_inputs, form).tolist() == [1, 0, 2, 4, 5, 3]
     alike = (moment * lost.sum(0)).argsort(descending=True)
-    assert site_fit._ranked(weight, moment, None, form).tolist() == alike.tolist() != expected.tolist()
+    assert site_fit._ranked(weight, moment, HighCount(4, 64), form).tolist() == alike.tolist() != expected.tolist()
     assert expected[-1] == 3

@@ -34,11 +34,13 @@ COMPILED = [
     ("large_linear", "80"),
     ("nibble_linear", "80"),
     ("weight_only", "80"),
-    ("small_linear", "80"),
     ("small_linear", "90a"),
     ("quantize_tokens", "90a"),
     ("wgmma_linear", "90a"),
-    *(pytest.param(unit, "80", marks=pytest.mark.slow) for unit in ("quantize_tokens", "append_kv", "attend_kv")),
+    *(
+        pytest.param(unit, "80", marks=pytest.mark.slow)
+        for unit in ("small_linear", "quantize_tokens", "append_kv", "attend_kv")
+    ),
     *(
         pytest.param(unit, "90a", marks=pytest.mark.slow)
         for unit in ("large_linear", "weight_only", "append_kv", "attend_kv")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from planish.compiler.cli import engine_options as engine
 from planish.compiler.cli.app import JsonFlag, Output
 
 __all__ = ["run_build"]
@@ -15,17 +16,12 @@ __all__ = ["run_build"]
 def run_build(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
     target: Annotated[str, typer.Option(help="ort, rtx or tensorrt; what the bundle has for it is replaced.")],
-    max_context: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer together.")] = None,
-    max_batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences that an engine takes at once.")] = None,
-    max_input_len: Annotated[int | None, typer.Option(min=1, help="Prompt tokens an engine takes at once.")] = None,
-    sm: Annotated[list[int] | None, typer.Option(help="GPU generation of an engine, such as 89; repeatable.")] = None,
-    plugins: Annotated[
-        str | None, typer.Option(help="Plugins in engines of TensorRT: auto, none or require. [auto]")
-    ] = None,
-    tensorrt_version: Annotated[
-        str | None,
-        typer.Option(help="Lower for the TensorRT of another machine, such as 10.3, and build no engine here."),
-    ] = None,
+    max_context: engine.MaxContextOption = None,
+    max_batch_size: engine.MaxBatchSizeOption = None,
+    max_input_len: engine.MaxInputLenOption = None,
+    sm: engine.SmOption = None,
+    plugins: engine.PluginsOption = None,
+    tensorrt_version: engine.TensorrtVersionOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Lower a compiled bundle to a further target, or build its engine anew for another GPU or other limits."""

@@ -15,8 +15,14 @@ __all__ = ["run_compare"]
 
 def run_compare(
     models: Annotated[list[str], typer.Argument(metavar="A B [C ...]", help="Bundles, and checkpoints in float32.")],
-    text: options.TextOption = None,
-    dataset: options.DatasetOption = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Evaluate on a UTF-8 text, or on the fields 'text' of a .jsonl; may be repeated."),
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="Evaluate on wikitext2 or c4, or owner/name:config:split of the Hub; may be repeated."),
+    ] = None,
     seqlen: options.SeqlenOption = None,
     windows: options.WindowsOption = None,
     kl: Annotated[bool, typer.Option(help="Measure the divergence from the float model.")] = True,
@@ -38,9 +44,11 @@ def run_compare(
     from planish.compiler.compare.page import write_page
     from planish.compiler.compare.plot import FORMATS, plot_comparison
     from planish.compiler.compare.table import figures, labels
+    from planish.compiler.measure.texts import dataset as hub_text
+    from planish.compiler.measure.texts import text_file
     from planish.compiler.progress import progress_for
 
-    if text is None and dataset is None:
+    if not text and not dataset:
         raise typer.BadParameter("give --text or --dataset", param_hint="--text")
     options.check_run(target, provider)
     if plot is not None and plot.suffix not in FORMATS:
@@ -49,8 +57,7 @@ def run_compare(
         raise typer.BadParameter(f"{report} does not end in .html", param_hint="--report")
     out, names = Output(json), options.task_names(tasks)
     with progress_for(sys.stderr) as progress:
-        read = options.open_text(text, dataset, progress)
-        assert read is not None
+        read = [*map(text_file, text or ()), *(hub_text(name, progress) for name in dataset or ())]
         found = compare_models(
             models,
             read,
@@ -66,7 +73,7 @@ def run_compare(
             provider=provider,
         )
     rows = [[f"{row.name} ({row.better} is better)", *row.shown] for row in figures(found)]
-    out.table(f"on {found.text}", ["", *labels(found.models)], rows)
+    out.table(f"on {', '.join(found.texts)}", ["", *labels(found.models)], rows)
     if found.reference:
         out.line(f"divergence is measured from {found.reference}")
     if plot is not None:

@@ -34,7 +34,7 @@ class Compared:
         format: the scheme of a bundle, or the type in which a checkpoint stores its weights.
         weight_bytes: what its weights take: the portable model of a bundle, the tensors of a checkpoint.
         average_bits: stored bits per weight of the decoder blocks' linears, scales counted.
-        evaluation: perplexity and divergence.
+        evaluations: perplexity and divergence on each text.
         scores: task -> scores.
         speed: prefill, decode, memory; of a checkpoint those of its float32 export. None if it was not measured.
     """
@@ -43,7 +43,7 @@ class Compared:
     format: str
     weight_bytes: int
     average_bits: float
-    evaluation: Evaluation
+    evaluations: list[Evaluation]
     scores: dict[str, TaskScores]
     speed: Side | None
 
@@ -59,17 +59,17 @@ class Comparison:
 
     Attributes:
         models: in the order in which they were given.
-        text: what they were evaluated on.
+        texts: what they were evaluated on.
         reference: the model that divergence is measured from; None without one.
     """
 
     models: list[Compared]
-    text: str
+    texts: list[str]
     reference: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as a dictionary for JSON."""
-        return {"text": self.text, "reference": self.reference, "models": [each.to_dict() for each in self.models]}
+        return {"texts": self.texts, "reference": self.reference, "models": [each.to_dict() for each in self.models]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class TaskSettings:
 
 def compare_models(
     sources: Sequence[str],
-    text: Text,
+    texts: Sequence[Text],
     progress: Progress,
     *,
     seqlen: int | None = None,
@@ -108,10 +108,10 @@ def compare_models(
 
     Args:
         sources: two or more bundles and checkpoints.
-        text: what to evaluate on.
+        texts: what to evaluate on, one or more.
         progress: is told how far the run is.
-        seqlen: tokens in a window of the text; None is what is usual for it, or the shortest context.
-        windows: how many windows; None is what is usual for the text.
+        seqlen: tokens in a window of each text; None is what is usual for it, or the shortest context.
+        windows: how many windows of each text; None is what is usual for it.
         divergence: measure the divergence from the reference.
         against: the reference; None is the first checkpoint among the models, or else the float model of the first
             bundle.
@@ -136,12 +136,14 @@ def compare_models(
         for source in sources
     ]
     reference = _reference(subjects, against, threads) if divergence else None
-    check_same_tokens([*subjects, *([reference] if reference else [])], text)
-    sizes = text.sizes(seqlen, windows, min(subject.max_context for subject in subjects))
-    cut = cut_windows(subjects[0].tokenizer, text, *sizes)
-    evaluations = evaluate_windows(
-        [subject.model for subject in subjects], cut, reference.model if reference else None, progress
-    )
+    context, cuts = min(subject.max_context for subject in subjects), []
+    for text in texts:
+        check_same_tokens([*subjects, *([reference] if reference else [])], text)
+        cuts.append(cut_windows(subjects[0].tokenizer, text, *text.sizes(seqlen, windows, context)))
+    evaluations = [
+        evaluate_windows([subject.model for subject in subjects], cut, reference.model if reference else None, progress)
+        for cut in cuts
+    ]
     scores: list[dict[str, TaskScores]] = [{} for _ in subjects]
     if tasks:
         for place, subject in enumerate(subjects):
@@ -153,10 +155,10 @@ def compare_models(
     del subjects, reference
     sides = _speeds(sources, runnables, threads, progress) if speed else {}
     models = [
-        Compared(source, *described[place], evaluations[place], scores[place], sides.get(str(place)))
+        Compared(source, *described[place], [each[place] for each in evaluations], scores[place], sides.get(str(place)))
         for place, source in enumerate(sources)
     ]
-    return Comparison(models, text.name, name_of_reference)
+    return Comparison(models, [text.name for text in texts], name_of_reference)
 
 
 def _reference(subjects: list[Subject], against: str | None, threads: int | None) -> Subject:

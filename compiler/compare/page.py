@@ -45,11 +45,11 @@ def comparison_page(comparison: Comparison) -> str:
         }
         if tradeoff(comparison):
             plots["accuracy"].insert(0, _tradeoff(comparison))
-    first = comparison.models[0].evaluation
+    measured = list(zip(comparison.texts, comparison.models[0].evaluations, strict=True))
     return fill(
         "comparison.html.jinja",
         comparison=comparison,
-        first=first,
+        measured=measured,
         figures=shown,
         names=names,
         parts=[(topic, title, plots[topic]) for topic, title in _PARTS.items() if plots[topic]],

@@ -44,7 +44,7 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
         above, below = picture.subfigures(2, 1, height_ratios=heights, squeeze=False).flat
         for place, figure in enumerate(shown, 1):
             _draw(below.add_subplot(rows, _COLUMNS, place), figure, names)
-        picture.suptitle(f"On {Path(comparison.text).name}")
+        picture.suptitle("On " + ", ".join(Path(text).name for text in comparison.texts))
         if tradeoff(comparison):
             axes = above.add_subplot()
             axes.set_title("perplexity against stored bits (lower left is better)", loc="left", fontsize="medium")

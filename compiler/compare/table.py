@@ -14,6 +14,12 @@ __all__ = ["Figure", "Topic", "figures", "labels", "score_text"]
 #: What a figure tells of a model.
 Topic = Literal["size", "accuracy", "tasks", "speed"]
 
+#: Name with a place for the text, which is better, the field of `Evaluation`, and how it is shown.
+_ACCURACIES = (
+    ("perplexity{}", "lower", "perplexity", "{:.3f}"),
+    ("KL from the reference{}, nats", "lower", "kl", "{:.5f}"),
+    ("same likeliest token{}", "higher", "agreement", "{:.2%}"),
+)
 #: Name, which is better, the field of `Side`, and how it is shown.
 _SPEEDS = (
     ("prefill, tokens/s", "higher", "prefill", "{:.1f}"),
@@ -49,10 +55,12 @@ def figures(comparison: Comparison) -> list[Figure]:
     rows = [
         _figure("weights, MB", "lower", "size", models, lambda each: each.weight_bytes / 1e6, "{:.1f}"),
         _figure("bits per weight", "lower", "size", models, lambda each: each.average_bits, "{:.3f}"),
-        _figure("perplexity", "lower", "accuracy", models, lambda each: each.evaluation.perplexity, "{:.3f}"),
-        _figure("KL from the reference, nats", "lower", "accuracy", models, lambda each: each.evaluation.kl, "{:.5f}"),
-        _figure("same likeliest token", "higher", "accuracy", models, lambda each: each.evaluation.agreement, "{:.2%}"),
     ]
+    for place, text in enumerate(comparison.texts):
+        where = f" on {Path(text).name}" if len(comparison.texts) > 1 else ""
+        for name, better, field, form in _ACCURACIES:
+            value_of = functools.partial(_accuracy, place, field)
+            rows.append(_figure(name.format(where), better, "accuracy", models, value_of, form))
     for task in models[0].scores:
         metric = models[0].scores[task].main
         rows.append(_scores(f"{task}, {metric}", [each.scores[task].metrics[metric] for each in models]))
@@ -100,6 +108,11 @@ def _figure(
     values = [value_of(model) for model in models]
     shown = ["" if value is None else form.format(value) for value in values]
     return Figure(name, better, values, shown, topic, [None] * len(values))
+
+
+def _accuracy(place: int, field: str, model: Compared) -> float | None:
+    value: float | None = getattr(model.evaluations[place], field)
+    return value
 
 
 def _speed(field: str, model: Compared) -> float | None:

@@ -1,4 +1,4 @@
-"""Perplexity against stored bits: a point for each model, with its name beside it."""
+"""Perplexity, on the first text, against stored bits: a point for each model, with its name beside it."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _LETTERS = 26
 def tradeoff(comparison: Comparison) -> list[tuple[str, float, float]]:
     """Return name, bits per weight and perplexity of the models that have a perplexity, fewest bits first."""
     found = [
-        (name, model.average_bits, model.evaluation.perplexity)
+        (name, model.average_bits, model.evaluations[0].perplexity)
         for name, model in zip(labels(comparison.models), comparison.models, strict=True)
     ]
     return sorted((each for each in found if math.isfinite(each[2])), key=lambda each: each[1:])

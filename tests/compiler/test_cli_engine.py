@@ -72,7 +72,7 @@ def test_compare(run: Run, with_engine: Path, tiny: Path, text: Path, gpu: HostG
     done = run("compare", with_engine, tiny, "--text", text, *FEW, "--no-speed", "--target", "rtx", "--json")
     assert done.code == 0, done.err
     alone = run("eval", with_engine, "--text", text, *FEW, "--threads", 1, "--kl", "--json").json
-    assert done.json["models"][0]["evaluation"]["kl"] == pytest.approx(alone["kl"], rel=1e-2)
+    assert done.json["models"][0]["evaluations"][0]["kl"] == pytest.approx(alone["kl"], rel=1e-2)
 
 
 def test_speed(with_engine: Path, gpu: HostGpu) -> None:

@@ -155,29 +155,49 @@ def test_compare(run: Run, bundle: Bundle, tiny: Path, text: Path, data: Path, t
     full, low = done.json["models"]
     assert (low["format"], full["format"]) == ("w4a8k8v8", "float32")
     assert done.json["reference"] == "tiny"
-    assert full["evaluation"]["kl"] == 0
+    assert full["evaluations"][0]["kl"] == 0
     alone = run("eval", bundle.path, "--text", text, *FEW, "--kl", "--json").json
     for figure in ("perplexity", "kl", "agreement"):
-        assert low["evaluation"][figure] == pytest.approx(alone[figure], rel=1e-9)
+        assert low["evaluations"][0][figure] == pytest.approx(alone[figure], rel=1e-9)
     assert low["weight_bytes"] < full["weight_bytes"]
     assert low["average_bits"] < 5 < full["average_bits"] == 32
     assert low["scores"]["piqa"]["examples"] == len(EXAMPLES["piqa"])
     assert low["speed"] is None
     texts = "".join(ElementTree.parse(plot).getroot().itertext())
-    assert f"{low['evaluation']['perplexity']:.3f}" in texts
+    assert f"{low['evaluations'][0]['perplexity']:.3f}" in texts
     assert "prefill" not in texts
     assert "perplexity against stored bits" in texts
     page = report.read_text(encoding="utf-8")
     assert "http" not in page
-    assert f"{low['evaluation']['perplexity']:.3f}" in page
+    assert f"{low['evaluations'][0]['perplexity']:.3f}" in page
     score = low["scores"]["piqa"]["metrics"]["acc_norm"]
     assert f"{score['value']:.4f} ± {score['stderr']:.4f}" in page
     drawn = re.findall(r'data-plot="([^"]+)"', page)
     assert {"tradeoff", "perplexity", "piqa--acc-norm", "mean-of-the-tasks", "bits-per-weight"} <= {*drawn}
     assert "How fast they run" not in page
     shown = run("compare", bundle.path, tiny, "--text", text, *FEW, "--no-speed", "--no-kl")
-    assert f"{low['evaluation']['perplexity']:.3f}" in shown.out
+    assert f"{low['evaluations'][0]['perplexity']:.3f}" in shown.out
     assert "KL" not in shown.out
+
+
+def test_compare_on_two_texts(run: Run, bundle: Bundle, tiny: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    report = tmp_path / "compared.html"
+    few = (*FEW, "--no-speed")
+    done = run("compare", tiny, bundle.path, "--text", text, "--text", other, *few, "--report", report, "--json")
+    assert done.code == 0, done.err
+    assert done.json["texts"] == [str(text), str(other)]
+    _, low = done.json["models"]
+    alone = [run("eval", bundle.path, "--text", each, *FEW, "--kl", "--json").json for each in (text, other)]
+    assert alone[0]["perplexity"] != pytest.approx(alone[1]["perplexity"], rel=1e-2)
+    for found, expected in zip(low["evaluations"], alone, strict=True):
+        for figure in ("perplexity", "kl", "agreement"):
+            assert found[figure] == pytest.approx(expected[figure], rel=1e-9)
+    page = report.read_text(encoding="utf-8")
+    for each, expected in zip((text, other), alone, strict=True):
+        assert f"perplexity on {each.name}" in page
+        assert f"{expected['perplexity']:.3f}" in page
 
 
 def test_compare_measures_speed(run: Run, bundle: Bundle, float_bundle: Bundle, text: Path, tmp_path: Path) -> None:

@@ -25,12 +25,12 @@ from planish.compiler.measure.evaluation import Evaluation
 def compared(name: str, bits: float, perplexity: float) -> Compared:
     scores = {"piqa": TaskScores(50, 1.0, {"acc": Score(0.6, 0.05), "acc_norm": Score(0.61, 0.05)})}
     evaluation = Evaluation(perplexity, 1022, 2, 512, 1.0, 0.1, 0.9)
-    return Compared(name, "w3a3", 10**6, bits, evaluation, scores, Side(100.0, 10.0, 300.0, 400.0, 1.0))
+    return Compared(name, "w3a3", 10**6, bits, [evaluation], scores, Side(100.0, 10.0, 300.0, 400.0, 1.0))
 
 
 def comparison(*perplexities: float, bits: float = 3.0) -> Comparison:
     models = [compared(f"out/model-{i}", bits + 0.01 * i, each) for i, each in enumerate(perplexities)]
-    return Comparison(models, "text.txt", "float")
+    return Comparison(models, ["text.txt"], "float")
 
 
 def drawn(found: Comparison) -> Axes:
@@ -52,7 +52,7 @@ def test_names_touch_no_other(perplexities: tuple[float, ...]) -> None:
 def test_axes_are_logarithmic_where_the_range_asks_for_it() -> None:
     near = drawn(comparison(20.0, 45.0))
     assert (near.get_xscale(), near.get_yscale()) == ("linear", "linear")
-    far = drawn(Comparison([compared("a", 3.0, 2e6), compared("b", 16.0, 20.0)], "text.txt", None))
+    far = drawn(Comparison([compared("a", 3.0, 2e6), compared("b", 16.0, 20.0)], ["text.txt"], None))
     assert (far.get_xscale(), far.get_yscale()) == ("log", "log")
     assert "logarithmic" in far.get_xlabel()
 

@@ -6,19 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 import pytest
 
-from planish.compiler.backends.tensorrt import build, build_engines
+from planish.compiler.backends.tensorrt import build_engines, lowering
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.export.float_model import save_model
 from planish.compiler.export.portable import portable_model
 from planish.compiler.quantize.codes import quantize_checkpoint
 from planish.compiler.runtime.engine_session import EngineSession
 from planish.compiler.runtime.session import Session
-from planish.passes.lower_defaults_to_tensorrt import LowerDefaultsToTensorrtPass
-from planish.passes.lower_kv_cache_to_tensorrt import LowerKvCacheToTensorrtPass
-from planish.passes.lower_linears_to_tensorrt import LowerLinearsToTensorrtPass
 from planish.passes.scheme import Scheme
 from planish.plugins.native import build_library
 from planish.plugins.tensorrt.plugins import LAYOUT, PLUGINS
@@ -26,7 +22,7 @@ from tests.host_gpu import HostGpu
 from tests.host_tensorrt import HostTensorrt
 from tests.tiny import write_tiny
 
-__all__ = ["CONTEXT", "KINDS", "MAX_BATCH", "MAX_PROMPT", "Engine", "build_engine", "in_float32", "open_engine"]
+__all__ = ["CONTEXT", "KINDS", "MAX_BATCH", "MAX_PROMPT", "Engine", "StaysFloat32", "build_engine", "open_engine"]
 
 CONTEXT, MAX_BATCH, MAX_PROMPT = 32, 4, 8
 
@@ -105,7 +101,7 @@ def build_engine(name: str, folder: Path) -> None:
         if kind.plugins:
             monkeypatch.setenv("PLANISH_PLUGINS", str(_library(folder / "library", trt)))
         if not kind.float16:
-            monkeypatch.setattr(build, "lower_to_tensorrt", in_float32)
+            monkeypatch.setattr(lowering, "Float16Pass", StaysFloat32)
         build_engines(portable, folder / "engine", flavour=kind.flavour, **limits)
 
 
@@ -116,17 +112,11 @@ def open_engine(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Eng
     return Engine(kind, folder / "engine", folder / "portable" / "model.onnx", trt)
 
 
-def in_float32(model: ir.Model, context: int) -> ir.Model:
-    """Lower as planish does, but for the last step, to float16."""
-    passes = ir.passes.Sequential(
-        LowerLinearsToTensorrtPass(),
-        LowerKvCacheToTensorrtPass(context),
-        LowerDefaultsToTensorrtPass(),
-        common.InlinePass(),
-        common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
-    )
-    return passes(model.clone()).model
+class StaysFloat32(ir.passes.InPlacePass):
+    """Stands where the lowering turns a model to float16."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        return ir.passes.PassResult(model, False)
 
 
 def _library(folder: Path, trt: HostTensorrt) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from planish.compiler.backends.tensorrt import build
+from planish.compiler.backends.tensorrt import lowering
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.errors import TextError
 from planish.compiler.measure import bench as bench_module
@@ -14,7 +14,7 @@ from planish.compiler.measure.bench_worker import main as measure
 from planish.compiler.measure.subject import open_subject
 from planish.compiler.pipeline.build import build_target
 from tests.command import Run
-from tests.engines import in_float32
+from tests.engines import StaysFloat32
 from tests.host_gpu import HostGpu
 from tests.host_tensorrt import HostTensorrt
 
@@ -28,7 +28,7 @@ def with_engine(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Pat
     path = shutil.copytree(bundle.path, tmp_path_factory.mktemp("engine") / "bundle")
     with pytest.MonkeyPatch.context() as monkeypatch:
         HostTensorrt(HostGpu().install(monkeypatch)).install(monkeypatch, "rtx")
-        monkeypatch.setattr(build, "lower_to_tensorrt", in_float32)
+        monkeypatch.setattr(lowering, "Float16Pass", StaysFloat32)
         build_target(path, "rtx", sms=(89,), **LIMITS)  # type: ignore[arg-type]
     return path
 

@@ -90,11 +90,13 @@ def test_jsonl_is_read_as_its_joined_texts(tmp_path: Path, tiny: Path, checkpoin
 
 def test_too_little_text_names_what_fits(tiny: Path, checkpoint: Checkpoint, text: Path, tmp_path: Path) -> None:
     fit = len(by_transformers(tiny, text.read_text(encoding="utf-8"), 64))
-    with pytest.raises(CalibrationError, match=f"{fit} sequences of 64 fit, {fit + 1} were.*at most {fit}, or for sho"):
+    with pytest.raises(
+        CalibrationError, match=f"{fit} sequences of 64 fit, {fit + 1} were.*at most {fit} .--nsamples., or for sho"
+    ):
         calibration_tokens(str(text), checkpoint, nsamples=fit + 1, seqlen=64)
     (tmp_path / "short.txt").write_text("the hen ran")
     with pytest.raises(
-        CalibrationError, match=r"0 sequences of 64 fit, 1 were asked for. Ask for shorter ones, or giv"
+        CalibrationError, match=r"0 sequences of 64 fit, 1 were asked for. Ask for shorter ones .--seqlen., or giv"
     ):
         calibration_tokens(str(tmp_path / "short.txt"), checkpoint, nsamples=1, seqlen=64)
 

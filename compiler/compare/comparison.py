@@ -14,7 +14,7 @@ from planish.compiler.bundle.inspection import inspect
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.errors import ComparisonError
 from planish.compiler.harness.tasks import TaskScores, load_tasks, mean_score, score_tasks
-from planish.compiler.measure.bench import Side, measure_sides
+from planish.compiler.measure.bench import Side, measure_sides, prompt_length
 from planish.compiler.measure.evaluation import Evaluation, evaluate_windows
 from planish.compiler.measure.subject import Subject, check_same_tokens, float_subject, is_bundle, open_subject
 from planish.compiler.measure.texts import Text, cut_windows
@@ -137,6 +137,7 @@ def compare_models(
     ]
     reference = _reference(subjects, against, threads) if divergence else None
     context, cuts = min(subject.max_context for subject in subjects), []
+    prompt = prompt_length(context) if speed else 0
     for text in texts:
         check_same_tokens([*subjects, *([reference] if reference else [])], text)
         cuts.append(cut_windows(subjects[0].tokenizer, text, *text.sizes(seqlen, windows, context)))
@@ -153,7 +154,7 @@ def compare_models(
     name_of_reference = reference.name if reference else None
     # Speed is that of a machine with nothing else in memory.
     del subjects, reference
-    sides = _speeds(sources, runnables, threads, progress) if speed else {}
+    sides = _speeds(sources, runnables, threads, prompt, progress) if speed else {}
     models = [
         Compared(source, *described[place], [each[place] for each in evaluations], scores[place], sides.get(str(place)))
         for place, source in enumerate(sources)
@@ -191,7 +192,7 @@ def _runnable(source: str, target: str | None, provider: Provider | str) -> Runn
 
 
 def _speeds(
-    sources: Sequence[str], runnables: Mapping[str, Runnable], threads: int | None, progress: Progress
+    sources: Sequence[str], runnables: Mapping[str, Runnable], threads: int | None, prompt: int, progress: Progress
 ) -> dict[str, Side]:
     """Return the speed of each model by its place among `sources`; checkpoints are exported in float32 for it."""
     with tempfile.TemporaryDirectory(prefix="planish-compare-") as scratch:
@@ -200,4 +201,6 @@ def _speeds(
             models[str(place)] = (
                 runnables.get(source) or export_bundle(source, Path(scratch) / str(place), progress=progress).runnable()
             )
-        return measure_sides(models, threads=threads or 2, progress=functools.partial(progress.step, "speed"))
+        return measure_sides(
+            models, threads=threads or 2, tokens=prompt, progress=functools.partial(progress.step, "speed")
+        )

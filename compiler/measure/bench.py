@@ -15,13 +15,15 @@ from planish.compiler.errors import ComparisonError, PlanishError, TextError
 from planish.compiler.runtime.provider import Provider
 from planish.compiler.runtime.runnable import Runnable
 
-__all__ = ["Benchmark", "Side", "bench", "measure_sides"]
+__all__ = ["DECODE_TOKENS", "Benchmark", "Side", "bench", "measure_sides", "prompt_length"]
 
 #: Told after each repeat: (repeats done, repeats in all) -> None
 Progress = Callable[[int, int], None]
 
 #: Of a prompt, where the model's context holds them.
 _TOKENS = 512
+#: New tokens that are timed behind it.
+DECODE_TOKENS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,7 @@ def bench(
     provider: Provider | str = Provider.CPU,
     threads: int = 2,
     tokens: int | None = None,
-    decode_tokens: int = 32,
+    decode_tokens: int = DECODE_TOKENS,
     repeats: int = 5,
     progress: Progress | None = None,
 ) -> Benchmark:
@@ -110,13 +112,7 @@ def bench(
         TextError: if prompt and new tokens are more than the model's context.
         PlanishError: if the checkpoint is no longer where the recipe says, or a side cannot be measured.
     """
-    context, longest = bundle.manifest.max_context, bundle.manifest.max_context - decode_tokens
-    tokens = min(_TOKENS, longest) if tokens is None else tokens
-    if not 0 < tokens <= longest:
-        raise TextError(
-            f"A prompt of {tokens} tokens and {decode_tokens} new ones do not fit into the model's context of "
-            f"{context}. Ask for a prompt of 1 to {longest} tokens (--tokens)."
-        )
+    tokens = prompt_length(bundle.manifest.max_context, decode_tokens, tokens)
     runnable = bundle.runnable(target, provider)
     with tempfile.TemporaryDirectory(prefix="planish-bench-") as scratch:
         models = {"bundle": runnable, "float": Runnable(_export(bundle, Path(scratch)))}
@@ -126,12 +122,36 @@ def bench(
     return Benchmark(sides["bundle"], sides["float"], threads, tokens, runnable.runs_on)
 
 
+def prompt_length(context: int, decode_tokens: int = DECODE_TOKENS, asked: int | None = None) -> int:
+    """Return how many tokens the prompt of a benchmark has: as many as were asked for, or 512, or what fits.
+
+    Args:
+        context: of the model, in tokens.
+        decode_tokens: how many new tokens follow.
+        asked: how many were asked for.
+
+    Raises:
+        TextError: if they do not fit.
+    """
+    longest = context - decode_tokens
+    tokens = min(_TOKENS, longest) if asked is None else asked
+    if not 0 < tokens <= longest:
+        remedy = (
+            f"Ask for a prompt of 1 to {longest} tokens (--tokens)." if longest > 0 else "It has no speed to measure."
+        )
+        raise TextError(
+            f"A prompt of {max(tokens, 1)} tokens and {decode_tokens} new ones do not fit into the model's context of "
+            f"{context}. {remedy}"
+        )
+    return tokens
+
+
 def measure_sides(
     models: Mapping[str, Runnable],
     *,
     threads: int = 2,
     tokens: int = 512,
-    decode_tokens: int = 32,
+    decode_tokens: int = DECODE_TOKENS,
     repeats: int = 5,
     progress: Progress | None = None,
 ) -> dict[str, Side]:

@@ -136,9 +136,7 @@ def prompt_length(context: int, decode_tokens: int = DECODE_TOKENS, asked: int |
     longest = context - decode_tokens
     tokens = min(_TOKENS, longest) if asked is None else asked
     if not 0 < tokens <= longest:
-        remedy = (
-            f"Ask for a prompt of 1 to {longest} tokens (--tokens)." if longest > 0 else "It has no speed to measure."
-        )
+        remedy = f"Ask for a prompt of 1 to {longest} tokens (--tokens)." if longest > 0 else "Nothing can be timed."
         raise TextError(
             f"A prompt of {max(tokens, 1)} tokens and {decode_tokens} new ones do not fit into the model's context of "
             f"{context}. {remedy}"

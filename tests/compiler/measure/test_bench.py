@@ -25,8 +25,8 @@ def test_what_fits(context: int, asked: int | None, tokens: int) -> None:
     [
         (256, 225, "1 to 224 tokens"),
         (256, 0, "1 to 224 tokens"),
-        (32, None, "no speed of it"),
-        (8, None, "no speed of it"),
+        (32, None, "be timed"),
+        (8, None, "be timed"),
     ],
 )
 def test_what_does_not_fit(context: int, asked: int | None, remedy: str) -> None:

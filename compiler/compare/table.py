@@ -57,7 +57,7 @@ def figures(comparison: Comparison) -> list[Figure]:
         _figure("bits per weight", "lower", "size", models, lambda each: each.average_bits, "{:.3f}"),
     ]
     for place, text in enumerate(comparison.texts):
-        where = f" on {Path(text).name}" if len(comparison.texts) > 1 else ""
+        where = f" on {_short(text, comparison.texts)}" if len(comparison.texts) > 1 else ""
         for name, better, field, form in _ACCURACIES:
             value_of = functools.partial(_accuracy, place, field)
             rows.append(_figure(name.format(where), better, "accuracy", models, value_of, form))
@@ -108,6 +108,12 @@ def _figure(
     values = [value_of(model) for model in models]
     shown = ["" if value is None else form.format(value) for value in values]
     return Figure(name, better, values, shown, topic, [None] * len(values))
+
+
+def _short(text: str, texts: Sequence[str]) -> str:
+    """Return the last part of a text's path, or all of it where another has the same."""
+    name = Path(text).name
+    return name if [Path(each).name for each in texts].count(name) == 1 else text
 
 
 def _accuracy(place: int, field: str, model: Compared) -> float | None:

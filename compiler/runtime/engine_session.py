@@ -14,7 +14,7 @@ from planish.compiler.backends.tensorrt.plugin_cache import NEW_LENGTHS, PAST_LE
 from planish.compiler.errors import DeviceError, EngineLimitError, EngineMismatchError
 from planish.compiler.runtime.engine_cache import EngineCache, Store, cache_tensors
 from planish.compiler.runtime.engine_inputs import Call, call_by_lengths, call_by_slots
-from planish.compiler.runtime.language_model import Limits
+from planish.compiler.runtime.language_model import Limits, check_call
 
 __all__ = ["EngineSession"]
 
@@ -111,11 +111,13 @@ class EngineSession:
             tokens. The old cache stays valid; if it is extended once more, the keys and values are copied.
 
         Raises:
+            ValueError: as `check_call` does.
             EngineLimitError: if these are more sequences or tokens than the engine was built for.
             DeviceError: if the GPU's memory is too small, or the engine fails.
         """
         ids = np.asarray(input_ids, np.int64)
         new = np.ones_like(ids) if mask is None else np.asarray(mask, np.int64)
+        check_call(ids, None if cache is None else len(cache.mask), new, logits_to_keep)
         self._check_batch(len(ids))
         cache = cache or self.empty_cache(len(ids))
         seen = np.concatenate([cache.mask, new], axis=1)

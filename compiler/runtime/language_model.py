@@ -7,7 +7,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["UNLIMITED", "LanguageModel", "Limits", "ModelCache"]
+__all__ = ["UNLIMITED", "LanguageModel", "Limits", "ModelCache", "check_call"]
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,3 +52,22 @@ class LanguageModel(Protocol):
         self, input_ids: npt.ArrayLike, cache: Any = None, *, mask: npt.ArrayLike | None = None, logits_to_keep: int = 0
     ) -> tuple[npt.NDArray[np.float32], Any]:
         """Return logits, float32 [batch, kept, vocab], and the extended `ModelCache`; see `Session.run`."""
+
+
+def check_call(ids: Ints, cached: int | None, mask: Ints, logits_to_keep: int) -> None:
+    """Check what `LanguageModel.run` is given, as arrays, and the number of sequences in the cache, if there is one.
+
+    Raises:
+        ValueError: if they do not fit together, or a token is negative, which ONNX would count from the end of the
+            vocabulary.
+    """
+    if ids.ndim != 2 or not ids.size:
+        raise ValueError(f"input_ids must be [batch, sequence], with a token at least, and has the shape {ids.shape}")
+    if ids.min() < 0:
+        raise ValueError(f"input_ids holds {ids.min()}: tokens count from 0; padding is any token where mask is 0")
+    if mask.shape != ids.shape:
+        raise ValueError(f"mask has the shape {mask.shape}, and input_ids {ids.shape}")
+    if cached is not None and cached != len(ids):
+        raise ValueError(f"the cache is of {cached} sequences, and input_ids has {len(ids)}")
+    if logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep must be 0, for all, or more, not {logits_to_keep}")

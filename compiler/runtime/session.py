@@ -12,7 +12,7 @@ import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import OrtDevice, OrtValue, OrtValueVector
 
 from planish.compiler.errors import NotPlanishModelError
-from planish.compiler.runtime.language_model import UNLIMITED, Limits
+from planish.compiler.runtime.language_model import UNLIMITED, Limits, check_call
 from planish.compiler.runtime.processor import PRODUCTS_WITHOUT_SATURATION, cpu_flags
 from planish.compiler.runtime.provider import Provider, check_provider, check_started
 
@@ -185,12 +185,11 @@ class Session:
             Logits, float32 [batch, kept, vocab], and the cache extended by the new tokens. The old cache stays valid.
 
         Raises:
-            ValueError: if `input_ids`, `cache`, `mask` and `logits_to_keep` do not fit together, or a token is
-                negative, which ONNX would count from the end of the vocabulary.
+            ValueError: as `check_call` does.
         """
         ids = np.asarray(input_ids, np.int64)
         new_mask = np.ones_like(ids) if mask is None else np.asarray(mask, np.int64)
-        _check(ids, cache, new_mask, logits_to_keep)
+        check_call(ids, None if cache is None else len(cache.mask), new_mask, logits_to_keep)
         logits, extended, _ = self._step(ids, cache or self.empty_cache(len(ids)), new_mask, logits_to_keep, ())
         return logits, extended
 
@@ -224,16 +223,3 @@ class Session:
         logits, *rest = fetches
         present, extra = rest[: len(self._slots)], rest[len(self._slots) :]
         return logits.numpy(), Cache(tuple(present), seen), [value.numpy() for value in extra]
-
-
-def _check(ids: Ints, cache: Cache | None, mask: Ints, logits_to_keep: int) -> None:
-    if ids.ndim != 2 or not ids.size:
-        raise ValueError(f"input_ids must be [batch, sequence], with a token at least, and has the shape {ids.shape}")
-    if ids.min() < 0:
-        raise ValueError(f"input_ids holds {ids.min()}: tokens count from 0; padding is any token where mask is 0")
-    if mask.shape != ids.shape:
-        raise ValueError(f"mask has the shape {mask.shape}, and input_ids {ids.shape}")
-    if cache is not None and len(cache.mask) != len(ids):
-        raise ValueError(f"the cache is of {len(cache.mask)} sequences, and input_ids has {len(ids)}")
-    if logits_to_keep < 0:
-        raise ValueError(f"logits_to_keep must be 0, for all, or more, not {logits_to_keep}")

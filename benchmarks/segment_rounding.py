@@ -9,38 +9,24 @@ output, on sequences that neither rounding nor the choice of what is kept has se
 import argparse
 import json
 import time
-from collections.abc import Callable
+from typing import get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rounding import moments
-from torch import Tensor
 
 from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.learn.block import SITE_MODULES, read_block
 from planish.compiler.learn.precision import fast_products
-from planish.compiler.learn.rounding.gptq import gptq
-from planish.compiler.learn.rounding.row_errors import damped, row_errors
-from planish.compiler.learn.rounding.segments import assemble, round_segments
+from planish.compiler.learn.rounding.row_errors import row_errors
+from planish.compiler.learn.rounding.segments import Rounding, assemble, round_segments
 from planish.compiler.learn.transforms.candidates import closed_form
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
 from planish.compiler.select.channel_split import ChannelSplit
 from planish.passes.high_impact import CHANNEL_STEP, HighImpact, Segment, segments
 from planish.passes.scheme import LinearFormat
-
-
-def high_first(weight: Tensor, parts: tuple[Segment, ...], H: Tensor) -> Tensor:
-    """Round by GPTQ in the usual order, the columns that matter most first, float32 [out, in]."""
-    order = torch.cat([torch.from_numpy(part.channels) for part in parts])
-    k = parts[0].size(len(order))
-    H, weight = damped(H).double()[order][:, order], weight[:, order]
-    back = torch.linalg.solve(H[k:, k:], H[k:, :k])
-    high = dequantize_weight(gptq(weight[:, :k], H[:k, :k] - H[:k, k:] @ back, parts[0].format))
-    moved = weight[:, k:] + ((weight[:, :k] - high).double() @ back.T).float()
-    rest = dequantize_weight(gptq(moved, H[k:, k:], parts[1].format))
-    return torch.cat([high, rest], 1)[:, torch.argsort(order)]
 
 
 def main() -> None:
@@ -77,21 +63,16 @@ def main() -> None:
     parts = segments(form, HighImpact(arguments.high, order.numpy(), count))
     shape = weight.shape[0], n
     stored = ChannelSplit.of(form, arguments.high).stored_bits(shape, count) / weight.numel()
-    ways: dict[str, tuple[float, Callable[[], Tensor]]] = {
-        f"segments, {name}": (stored, lambda way=way: assemble(round_segments(weight, parts, H, held_out, way), parts))
-        for name, way in (("nearest", "nearest"), ("GPTQ, rest first", "gptq"), ("AdaRound", "adaround"))
+    ways: dict[str, tuple[float, tuple[Segment, ...], Rounding]] = {
+        f"segments, {rounding}": (stored, parts, rounding) for rounding in get_args(Rounding)
     }
-    ways["segments, GPTQ, high first"] = stored, lambda: high_first(weight, parts, H)
     for group in (None, 128, 64, 32):
         uniform = LinearFormat(arguments.bits, 16, group)
-        ways[f"{uniform}, GPTQ"] = (
-            uniform.average_bits(n),
-            lambda uniform=uniform: dequantize_weight(gptq(weight, H, uniform)),
-        )
+        ways[f"{uniform}, gptq"] = uniform.average_bits(n), segments(uniform, None), "gptq"
     found = []
-    for name, (bits, way) in ways.items():
+    for name, (bits, way, rounding) in ways.items():
         started = time.process_time()
-        error = (weight - way()).double()
+        error = (weight - assemble(round_segments(weight, way, H, held_out, rounding), way)).double()
         seconds = time.process_time() - started
         relative = float(row_errors(error, test).sum() / row_errors(weight.double(), test).sum())
         found.append({"way": name, "bits": bits, "error": relative, "seconds": seconds})

@@ -4,26 +4,35 @@ GPTQ (arXiv 2210.17323) over two segments takes the rest first: what goes wrong 
 the high-impact channels is left to repair it. With H cut into the blocks of both segments, the rest r and the others h,
 rounding column after column is the same as rounding r under its Schur complement H_rr - H_rh H_hh^-1 H_hr, which is
 what an error in r costs once h has made up for it; then moving h by E_r H_rh H_hh^-1; then rounding h under H_hh.
+What comes out is descended from, over the channels of both.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from planish.compiler.learn.rounding.descent import descend
 from planish.compiler.learn.rounding.gptq import gptq
 from planish.compiler.learn.rounding.round_split import round_split
 from planish.compiler.learn.rounding.row_errors import damped, row_errors
 from planish.compiler.learn.rounding.weight_clips import learn_clips
-from planish.compiler.quantize.arithmetic import QuantizedWeight, channels_of, dequantize_weight, quantize_weight
+from planish.compiler.quantize.arithmetic import (
+    QuantizedWeight,
+    channels_of,
+    dequantize_weight,
+    quantize_weight,
+    scales_of,
+)
 from planish.compiler.select.channel_split import ChannelSplit
 from planish.passes.high_impact import Segment
 
 __all__ = ["Parts", "Rounding", "assemble", "round_segments", "select_rows"]
 
-#: How weights are rounded: column by column; by learned clips of the rest and learned codes of high-impact channels
-#: (arXiv 2511.17801); or each to its nearest.
+#: How weights are rounded: column by column, then by descent; by learned clips of the rest and learned codes of
+#: high-impact channels (arXiv 2511.17801); or each to its nearest.
 Rounding = Literal["gptq", "adaround", "nearest"]
 
 #: One weight by segments, in their order: the high-impact channels first.
@@ -55,7 +64,7 @@ def round_segments(
     if len(segments) == 1:
         form = segments[0].format
         if rounding == "gptq":
-            return (gptq(weight, moment, form),)
+            return _descended(weight, segments, moment, (gptq(weight, moment, form),))
         return (learn_clips(weight, moment, held_out, form),)
     high, rest = (_channels(each).to(weight.device) for each in segments)
     learned = (_gptq if rounding == "gptq" else _learn)(weight, segments, high, rest, moment, held_out)
@@ -87,7 +96,23 @@ def _gptq(weight: Tensor, segments: Sequence[Segment], high: Tensor, rest: Tenso
     rest_part = gptq(weight[:, rest], H[rest][:, rest] - across @ back, segments[1].format)
     error = weight[:, rest] - dequantize_weight(rest_part)
     moved = weight[:, high] + error @ back.T.to(error.dtype)
-    return gptq(moved, within, segments[0].format), rest_part
+    return _descended(weight, segments, moment, (gptq(moved, within, segments[0].format), rest_part))
+
+
+def _descended(weight: Tensor, segments: Sequence[Segment], moment: Tensor, parts: Parts) -> Parts:
+    """Return the same scales with the codes that descent finds."""
+    orders = [slice(None) if each.channels is None else _channels(each) for each in segments]
+    codes, scales = torch.empty_like(weight), torch.empty_like(weight)
+    zeros = torch.empty(weight.shape[1], device=weight.device)
+    for part, order in zip(parts, orders, strict=True):
+        zeros[order] = float(1 << part.bits - 1)
+        codes[:, order] = part.codes.float() - zeros[order]
+        scales[:, order] = scales_of(part)
+    codes = descend(weight, codes, scales, zeros, damped(moment))
+    return tuple(
+        dataclasses.replace(part, codes=(codes[:, order] + zeros[order]).to(torch.uint8).contiguous())
+        for part, order in zip(parts, orders, strict=True)
+    )
 
 
 def _learn(

@@ -32,11 +32,12 @@ from planish.passes.transforms import SITES, Transforms
 
 __all__ = ["Polished", "polish"]
 
-#: Largest learning rate of gains, scales and clips, and the share of steps to get there.
-_RATE, _WARM_UP = 2e-3, 0.15
-#: Largest learning rate of the entries of maps at 3 bits, and below. A step moves what codes were rounded for, whatever
-#: there is to win, and a bit more leaves a quarter of the error to win: at 4 bits this rate did more harm than good.
-_MAP_RATE = 2e-4
+#: Largest learning rates at 3 bits, and below: of gains, scales and clips, and of the entries of maps. A step moves what
+#: codes were rounded for, whatever there is to win, and a bit more leaves a quarter of the error to win: at 4 bits these
+#: rates do less good, or harm.
+_RATE, _MAP_RATE = 2e-3, 2e-4
+#: Share of the steps until the largest rate.
+_WARM_UP = 0.15
 _MOMENTA = (0.9, 0.95)
 #: Largest norm of the gradient of all parameters together.
 _LONGEST = 1.0
@@ -95,8 +96,8 @@ def polish(
     model = _Model(checkpoint, scheme, transforms, codes, device)
     fitted = len(token_ids) - held_out
     ids = torch.from_numpy(token_ids).to(device)
-    map_rate = _MAP_RATE * 4.0 ** min(0, 3 - min(scheme.linear.weight_bits, scheme.linear.activation_bits))
-    rates = [map_rate if is_map else _RATE for is_map in model.are_maps()]
+    share = 4.0 ** min(0, 3 - min(scheme.linear.weight_bits, scheme.linear.activation_bits))
+    rates = [share * (_MAP_RATE if is_map else _RATE) for is_map in model.are_maps()]
     groups = [{"params": [each], "lr": rate} for each, rate in zip(model.parameters(), rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=_MOMENTA)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=epochs * fitted, pct_start=_WARM_UP)

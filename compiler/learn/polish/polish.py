@@ -32,9 +32,9 @@ from planish.passes.transforms import SITES, Transforms
 
 __all__ = ["Polished", "polish"]
 
-#: Largest learning rates at 3 bits, and below: of gains, scales and clips, and of the entries of maps. A step moves what
-#: codes were rounded for, whatever there is to win, and a bit more leaves a quarter of the error to win: at 4 bits these
-#: rates do less good, or harm.
+#: Largest learning rates at 3 bits, and below: of gains, scales and clips, and of the entries of maps. A step moves
+#: what codes were rounded for, whatever there is to win, and a bit more leaves a quarter of the error to win: at 4 bits
+#: these rates do less good, or harm.
 _RATE, _MAP_RATE = 2e-3, 2e-4
 #: Share of the steps until the largest rate.
 _WARM_UP = 0.15

@@ -94,9 +94,7 @@ def test_every_form_at_every_site(site: Site) -> None:
 def test_each_step_lowers_the_error_of_few_bits(kind: Kind) -> None:
     each = (Steps(clips=False, fit=False, rounding="nearest"), Steps(fit=False, rounding="nearest"), Steps())
     errors = [error_of(cached_block("gqa"), LOW, forms(kind), steps, ENOUGH) for steps in each]
-    assert max(errors[1:]) < 0.9 * errors[0]
-    # The channels of a random block are much alike, so that little is left for a rank to win.
-    assert errors[2] < 1.05 * errors[1]
+    assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.8 * errors[0]
 
 
@@ -189,9 +187,9 @@ def test_high_impact_channels_lower_the_error(scheme: str) -> None:
             assert done.high[site].clip == 1 or not parsed.linear.weight_only
         if high is given:
             np.testing.assert_array_equal(done.high["ffn_in"].order, given["ffn_in"].order)
-    # Random channels of a random block gain little, which may get lost in what three bits do to the cache.
-    assert errors[1] < 1.05 * errors[0]
-    assert errors[2] < 0.95 * min(errors[:2])
+    assert max(errors[1:]) < 0.9 * errors[0]
+    # The channels of a random block are much alike, so that little is left for a rank to win.
+    assert errors[2] < 1.05 * errors[1]
 
 
 def test_channels_are_ranked_by_what_their_rounding_costs() -> None:

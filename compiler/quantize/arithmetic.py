@@ -27,7 +27,6 @@ __all__ = [
     "quantize_activation",
     "quantize_kv",
     "quantize_weight",
-    "scales_of",
 ]
 
 #: Scales tried per weight row, as shares of the one that just spans its largest magnitude.
@@ -116,12 +115,9 @@ def _fit_rows(rows: Tensor, bits: int, half: bool) -> tuple[Tensor, Tensor]:
 
 def dequantize_weight(weight: QuantizedWeight) -> Tensor:
     """Return the float32 [out, in] matrix that the codes stand for."""
-    return (weight.codes.float() - (1 << weight.bits - 1)) * scales_of(weight)
-
-
-def scales_of(weight: QuantizedWeight) -> Tensor:
-    """Return the scale of every code, float32 [out, in]."""
-    return weight.scale.T.repeat_interleave(weight.group, dim=1)[:, : weight.codes.shape[1]]
+    k = weight.codes.shape[1]
+    scale = weight.scale.T.repeat_interleave(weight.group, dim=1)[:, :k]
+    return (weight.codes.float() - (1 << weight.bits - 1)) * scale
 
 
 def quantize_activation(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:

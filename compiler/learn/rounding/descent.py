@@ -17,7 +17,7 @@ _SWEEPS = 4
 _BLOCK = 128
 
 
-def descend(weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, hessian: Tensor) -> Tensor:
+def descend(weight: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, zeros: Tensor, hessian: Tensor) -> Tensor:
     """Return codes with which no row of tr((W - Q) H (W - Q)^T) is larger than with those given.
 
     Column j of a row contributes (w_j - s_j c_j) to an error e, whose gradient is g = e H. With the others fixed, the
@@ -25,26 +25,30 @@ def descend(weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, hessia
 
     Args:
         weight: W, float32 [out, in].
-        codes: c, whole numbers around 0, float32 [out, in].
-        scales: s, float32 like `codes`.
+        codes: c^T, whole numbers around 0, float32 [in, out]; they become those that are returned.
+        scales: s of every group of input channels, float32 [groups, out].
+        groups: the group of each channel, int64 [in].
         zeros: largest magnitude of a code of each channel; the largest code is one less, float32 [in].
         hessian: H, of positive diagonal, float32 [in, in].
 
     Returns:
-        Float32 [out, in].
+        Float32 [in, out].
     """
-    codes, scales = codes.T.contiguous(), scales.T.contiguous()
-    errors = weight.T.float() - codes * scales
+    # One matrix of the weight's size, and no temporary one.
+    errors = weight.T.to(torch.float32, copy=True).contiguous()
+    scale_of = [scales[group] for group in groups.tolist()]
+    for i, scale in enumerate(scale_of):
+        errors[i].addcmul_(codes[i], scale, value=-1)
     for _ in range(_SWEEPS):
         for start in range(0, len(hessian), _BLOCK):
             block = slice(start, start + _BLOCK)
             within = hessian[block, block]
             gradients = hessian[block] @ errors
             for j, i in enumerate(range(start, start + len(within))):
-                best = (codes[i] + gradients[j] / (scales[i] * within[j, j])).round_()
+                best = (codes[i] + gradients[j] / (scale_of[i] * within[j, j])).round_()
                 best = torch.clamp(best, -zeros[i], zeros[i] - 1)
-                moved = (codes[i] - best) * scales[i]
+                moved = (codes[i] - best) * scale_of[i]
                 codes[i] = best
                 errors[i] += moved
                 gradients[j + 1 :].addr_(within[j, j + 1 :], moved)
-    return codes.T.contiguous()
+    return codes

@@ -19,13 +19,7 @@ from planish.compiler.learn.rounding.gptq import gptq
 from planish.compiler.learn.rounding.round_split import round_split
 from planish.compiler.learn.rounding.row_errors import damped, row_errors
 from planish.compiler.learn.rounding.weight_clips import learn_clips
-from planish.compiler.quantize.arithmetic import (
-    QuantizedWeight,
-    channels_of,
-    dequantize_weight,
-    quantize_weight,
-    scales_of,
-)
+from planish.compiler.quantize.arithmetic import QuantizedWeight, channels_of, dequantize_weight, quantize_weight
 from planish.compiler.select.channel_split import ChannelSplit
 from planish.passes.high_impact import Segment
 
@@ -101,16 +95,19 @@ def _gptq(weight: Tensor, segments: Sequence[Segment], high: Tensor, rest: Tenso
 
 def _descended(weight: Tensor, segments: Sequence[Segment], moment: Tensor, parts: Parts) -> Parts:
     """Return the same scales with the codes that descent finds."""
-    orders = [slice(None) if each.channels is None else _channels(each) for each in segments]
-    codes, scales = torch.empty_like(weight), torch.empty_like(weight)
-    zeros = torch.empty(weight.shape[1], device=weight.device)
+    rows, k = weight.shape
+    orders = [torch.arange(k) if each.channels is None else _channels(each) for each in segments]
+    codes, zeros = torch.empty(k, rows, device=weight.device), torch.empty(k, device=weight.device)
+    groups, first = torch.empty(k, dtype=torch.int64), 0
     for part, order in zip(parts, orders, strict=True):
         zeros[order] = float(1 << part.bits - 1)
-        codes[:, order] = part.codes.float() - zeros[order]
-        scales[:, order] = scales_of(part)
-    codes = descend(weight, codes, scales, zeros, damped(moment))
+        codes[order] = part.codes.T.float() - float(1 << part.bits - 1)
+        groups[order] = first + torch.arange(len(order)) // part.group
+        first += len(part.scale)
+    scales = torch.cat([part.scale for part in parts])
+    codes = descend(weight, codes, scales, groups, zeros, damped(moment))
     return tuple(
-        dataclasses.replace(part, codes=(codes[:, order] + zeros[order]).to(torch.uint8).contiguous())
+        dataclasses.replace(part, codes=(codes[order].T + float(1 << part.bits - 1)).to(torch.uint8).contiguous())
         for part, order in zip(parts, orders, strict=True)
     )
 

@@ -11,7 +11,6 @@ from planish.compiler.learn.rounding import descent as module
 from planish.compiler.learn.rounding.descent import descend
 from planish.compiler.learn.rounding.gptq import gptq
 from planish.compiler.learn.rounding.row_errors import damped
-from planish.compiler.quantize.arithmetic import scales_of
 from planish.passes.scheme import LinearFormat
 from tests.rounding import error, moment, weights
 
@@ -19,16 +18,17 @@ N = 40
 H = damped(moment(N, 1))
 
 
-def start(weight: Tensor, bits: int, group: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return signed codes as GPTQ finds them, their scales and the bounds of the grid."""
-    found = gptq(weight, H.double()[: weight.shape[1], : weight.shape[1]], LinearFormat(bits, 16, group))
+def start(weight: Tensor, bits: int, group: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return signed codes as GPTQ finds them, scales, the group of each channel, and the bounds of the grid."""
+    found = gptq(weight, H.double(), LinearFormat(bits, 16, group))
     zero = float(1 << bits - 1)
-    return found.codes.float() - zero, scales_of(found), torch.full((weight.shape[1],), zero)
+    codes = (found.codes.float() - zero).T.contiguous()
+    return codes, found.scale, torch.arange(N) // found.group, torch.full((N,), zero)
 
 
-def reference(weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, sweeps: int) -> np.ndarray:
-    """Try every code of one channel after the other, by the error itself, float64."""
-    w, c, s, h = (np.asarray(each, np.float64) for each in (weight, codes, scales, H))
+def reference(weight: Tensor, codes: Tensor, scales: Tensor, groups: Tensor, zeros: Tensor, sweeps: int) -> np.ndarray:
+    """Try every code of one channel after the other, by the error itself, float64 [out, in]."""
+    w, c, s, h = (each.double().clone().numpy() for each in (weight, codes.T, scales[groups].T, H))
     for _ in range(sweeps):
         for row, j in itertools.product(range(len(w)), range(w.shape[1])):
             tried = np.arange(-int(zeros[j]), int(zeros[j]))
@@ -48,28 +48,29 @@ def test_every_code_is_the_best_of_its_grid(
 ) -> None:
     monkeypatch.setattr(module, "_BLOCK", block)
     w = weights(5, N)
-    codes, scales, zeros = start(w, bits, group)
+    codes, *grid = start(w, bits, group)
+    expected = reference(w, codes, *grid, module._SWEEPS)
     before = codes.clone()
-    found = descend(w, codes, scales, zeros, H)
-    np.testing.assert_array_equal(found, reference(w, codes, scales, zeros, module._SWEEPS))
-    assert torch.equal(codes, before)
+    found = descend(w, codes, *grid, H)
+    np.testing.assert_array_equal(found.T, expected)
     assert not torch.equal(found, before)
 
 
 def test_no_row_becomes_worse_and_the_error_falls() -> None:
     w = weights(64, N)
-    codes, scales, zeros = start(w, 2)
-    found = descend(w, codes, scales, zeros, H)
-    before, after = (error(w, each * scales, H.double()) for each in (codes, found))
+    codes, scales, groups, zeros = start(w, 2)
+    begun = codes.clone()
+    found = descend(w, codes, scales, groups, zeros, H)
+    before, after = (error(w, (each * scales).T, H.double()) for each in (begun, found))
     assert (after <= before * (1 + 1e-5)).all()
     assert float(after.sum()) < 0.9 * float(before.sum())
 
 
 def test_channels_of_their_own_bits_stay_on_their_grids() -> None:
     w = 3 * weights(16, N)
-    codes, scales, _ = start(w, 4)
+    codes, scales, groups, _ = start(w, 4)
     zeros = torch.where(torch.arange(N) % 3 == 0, 8.0, 2.0)
-    found = descend(w, codes.clamp(-2, 1), scales, zeros, H)
+    found = descend(w, codes.clamp(-2, 1), scales, groups, zeros, H).T
     assert (found >= -zeros).all()
     assert (found <= zeros - 1).all()
     assert (found.amin(0) < -2).any()
@@ -78,7 +79,8 @@ def test_channels_of_their_own_bits_stay_on_their_grids() -> None:
 def test_what_cannot_be_better_stays() -> None:
     """Weights on the grid have no error, and codes of uncorrelated inputs nothing to make up for."""
     w = weights(6, N)
-    codes, scales, zeros = start(w, 3)
-    assert torch.equal(descend(codes * scales, codes, scales, zeros, H), codes)
-    nearest = (w / scales).round().clamp(-4, 3)
-    assert torch.equal(descend(w, nearest, scales, zeros, torch.eye(N)), nearest)
+    codes, scales, *grid = start(w, 3)
+    on_grid = (codes * scales).T
+    assert torch.equal(descend(on_grid, codes.clone(), scales, *grid, H), codes)
+    nearest = (w.T / scales).round().clamp(-4, 3)
+    assert torch.equal(descend(w, nearest.clone(), scales, *grid, torch.eye(N)), nearest)

@@ -124,6 +124,8 @@ def flatten_checkpoint(
                 return run_block(config, flattened.hooks, x, angles)
 
             files.advance(layer, seen)
+            # What the next block is worked on with finds no room taken by this one.
+            del block, flattened, seen
             if progress:
                 progress(layer + 1, count)
     one = config.with_num_layers(1)

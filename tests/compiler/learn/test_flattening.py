@@ -1,5 +1,6 @@
 """Block after block, on disk: the codes are those of each block alone, and what is not finite is named."""
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.errors import CalibrationError
+from planish.compiler.learn import flattening
 from planish.compiler.learn.flattening import flatten_checkpoint, held_out_sequences, read_evidence
 from planish.compiler.learn.transforms.transformed import TransformedCheckpoint
 from planish.compiler.quantize.codes import CodesOnDisk
@@ -131,3 +133,24 @@ def test_deeper_models_keep_one_file_of_streams(tmp_path: Path) -> None:
     codes = CodesOnDisk(tmp_path / "codes", deep, SCHEME)
     flatten_checkpoint(deep, SCHEME, [FORMS[0]] * 3, IDS, tmp_path / "flatten", codes)
     assert [path.name for path in (tmp_path / "flatten").glob("inputs-*")] == ["inputs-3.npy"]
+
+
+def test_memory_holds_one_block(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a flattened block is left when the next one is read."""
+    made: list[weakref.ref[object]] = []
+    left = []
+    real_read, real_flatten = flattening.read_block, flattening.flatten_block
+
+    def read(*arguments: object) -> object:
+        left.append(sum(each() is not None for each in made))
+        return real_read(*arguments)
+
+    def flatten_one(*arguments: object) -> object:
+        done = real_flatten(*arguments)
+        made.extend(map(weakref.ref, (arguments[0], done, done.hooks)))
+        return done
+
+    monkeypatch.setattr(flattening, "read_block", read)
+    monkeypatch.setattr(flattening, "flatten_block", flatten_one)
+    flatten(checkpoint, tmp_path)
+    assert left == [0] * checkpoint.config.num_hidden_layers

@@ -58,7 +58,7 @@ def round_segments(
     if len(segments) == 1:
         form = segments[0].format
         if rounding == "gptq":
-            return _descended(weight, segments, moment, (gptq(weight, moment, form),))
+            return _descended(weight, segments, damped(moment), (gptq(weight, moment, form),))
         return (learn_clips(weight, moment, held_out, form),)
     high, rest = (_channels(each).to(weight.device) for each in segments)
     learned = (_gptq if rounding == "gptq" else _learn)(weight, segments, high, rest, moment, held_out)
@@ -84,30 +84,31 @@ def select_rows(parts: Parts, rows: slice) -> Parts:
 
 def _gptq(weight: Tensor, segments: Sequence[Segment], high: Tensor, rest: Tensor, moment: Tensor, _: Tensor) -> Parts:
     # Damped as GPTQ does it, before the complement is taken: no channel may seem to be made up for without loss.
-    H = damped(moment).double()
+    M = damped(moment)
+    H = M.double()
     within, across = H[high][:, high], H[rest][:, high]
     back = torch.linalg.solve(within, across.T)
     rest_part = gptq(weight[:, rest], H[rest][:, rest] - across @ back, segments[1].format)
     error = weight[:, rest] - dequantize_weight(rest_part)
     moved = weight[:, high] + error @ back.T.to(error.dtype)
-    return _descended(weight, segments, moment, (gptq(moved, within, segments[0].format), rest_part))
+    return _descended(weight, segments, M, (gptq(moved, within, segments[0].format), rest_part))
 
 
-def _descended(weight: Tensor, segments: Sequence[Segment], moment: Tensor, parts: Parts) -> Parts:
-    """Return the same scales with the codes that descent finds."""
+def _descended(weight: Tensor, segments: Sequence[Segment], H: Tensor, parts: Parts) -> Parts:
+    """Return the same scales with the codes that descent finds under a damped moment."""
     rows, k = weight.shape
     orders = [torch.arange(k) if each.channels is None else _channels(each) for each in segments]
     codes, zeros = torch.empty(k, rows, device=weight.device), torch.empty(k, device=weight.device)
     groups, first = torch.empty(k, dtype=torch.int64), 0
     for part, order in zip(parts, orders, strict=True):
         zeros[order] = float(1 << part.bits - 1)
-        codes[order] = part.codes.T.float() - float(1 << part.bits - 1)
+        codes[order] = part.codes.T.float() - zeros[order, None]
         groups[order] = first + torch.arange(len(order)) // part.group
         first += len(part.scale)
     scales = torch.cat([part.scale for part in parts])
-    codes = descend(weight, codes, scales, groups, zeros, damped(moment))
+    codes = descend(weight, codes, scales, groups, zeros, H)
     return tuple(
-        dataclasses.replace(part, codes=(codes[order].T + float(1 << part.bits - 1)).to(torch.uint8).contiguous())
+        dataclasses.replace(part, codes=(codes[order].T + zeros[order]).to(torch.uint8).contiguous())
         for part, order in zip(parts, orders, strict=True)
     )
 

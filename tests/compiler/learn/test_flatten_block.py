@@ -163,7 +163,7 @@ def test_dead_channels_are_damped(scheme: str, kind: Kind, changes: dict[str, sl
 
 @pytest.mark.parametrize("scheme", ["w3a3k3v3", "w2a16", "w2a16g32"])
 def test_high_impact_channels_lower_the_error(scheme: str) -> None:
-    """Those given and those that are ranked; each segment has codes of its own."""
+    """Those given, and more so those that are ranked; each segment has codes of its own."""
     with tempfile.TemporaryDirectory() as folder:
         block = read_block(open_checkpoint(write_tiny(Path(folder), **WIDE)), 0)
     streams = dataclasses.replace(streams_of(block, ENOUGH), held_out=ENOUGH // 4)
@@ -175,7 +175,8 @@ def test_high_impact_channels_lower_the_error(scheme: str) -> None:
     errors = []
     for high in ({}, given, ranked):
         with torch.no_grad():
-            done = flatten_block(block, streams, outputs, parsed, forms("rotation"), 0, high=high)
+            # No rotation: behind one, the channels of a random block are so alike that no rank could win.
+            done = flatten_block(block, streams, outputs, parsed, dict.fromkeys(SITES, "identity"), 0, high=high)
         errors.append(held_out_error(done, block, streams, outputs))
         for site in high:
             order = torch.from_numpy(done.high[site].order)
@@ -187,9 +188,7 @@ def test_high_impact_channels_lower_the_error(scheme: str) -> None:
             assert done.high[site].clip == 1 or not parsed.linear.weight_only
         if high is given:
             np.testing.assert_array_equal(done.high["ffn_in"].order, given["ffn_in"].order)
-    assert max(errors[1:]) < 0.9 * errors[0]
-    # The channels of a random block are much alike, so that little is left for a rank to win.
-    assert errors[2] < 1.05 * errors[1]
+    assert errors[0] > 1.05 * errors[1] > 1.1 * errors[2]
 
 
 def test_channels_are_ranked_by_what_their_rounding_costs() -> None:

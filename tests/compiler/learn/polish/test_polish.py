@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -155,12 +154,9 @@ def test_both_segments_learn(tmp_path: Path) -> None:
     np.testing.assert_array_equal(after.order, before.order)
 
 
-def test_the_clip_of_high_impact_channels_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What is learned from random tokens need not be better on others: every epoch is taken for better.
-    falling = itertools.count(9.0, -1.0)
-    monkeypatch.setattr(module._Model, "divergence", lambda *_: next(falling))
+def test_the_clip_of_high_impact_channels_learns(tmp_path: Path) -> None:
     case = Case(tmp_path, "high")
-    polished = case.polish(tmp_path / "polish")
-    assert polished.divergence == [9, 8, 7]
+    polished = case.polish(tmp_path / "polish", epochs=4)
+    assert min(polished.divergence) < polished.divergence[0]
     before, after = (each.layers[1].high["ffn_out"] for each in (case.transforms, polished.transforms))
     assert after.clip != before.clip

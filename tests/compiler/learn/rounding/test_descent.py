@@ -1,4 +1,4 @@
-"""Coordinate descent on codes, against the same thing done code by code in numpy, and against every combination."""
+"""Coordinate descent on codes, against trying every code of one channel after the other in numpy."""
 
 import itertools
 

@@ -4,14 +4,15 @@
 
 Rows are spelled SCHEME, which has no high-impact channels, or SCHEME@BUDGET:RULE:ROUNDING, separated by commas. Rules
 are solved, fixed, no-pairs (the losses of groups just add up) and no-fisher (channels ranked by their share of their
-linear's error, blocks alike). Roundings are gptq, adaround and nearest. As `ablation.py` does, a row flattens the whole
-model and scores in PyTorch, unpolished. What rows share, and finished rows, is kept in the work folder, from which a
-killed run goes on.
+linear's error, blocks alike). Roundings are gptq, adaround and nearest. A row flattens and polishes the whole model and
+scores it before and after the polish, in PyTorch. What rows share, and finished rows, is kept in the work folder, from
+which a killed run goes on.
 """
 
 import argparse
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,20 +20,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from ablation import embed, perplexity_of, run_all, windows_of
+from ablation import perplexity_of, windows_of
 from rich.console import Console
 from rich.table import Table
 
 from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
-from planish.compiler.learn.block import Angles, FloatHooks, read_block
-from planish.compiler.learn.flatten_block import flatten_block
-from planish.compiler.learn.flattening import held_out_sequences
+from planish.compiler.learn.block import MODULES
+from planish.compiler.learn.flattening import flatten_checkpoint, held_out_sequences
+from planish.compiler.learn.polish.low_bit_model import LowBitModel
+from planish.compiler.learn.polish.polish import polish
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.rounding.site_fit import HighCount, Steps
-from planish.compiler.learn.streams import Streams
+from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.transforms.candidates import Form
+from planish.compiler.pipeline.high_impact import unranked
 from planish.compiler.progress import Progress, progress_for
+from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.select.channel_split import ChannelSplit
 from planish.compiler.select.choose_forms import choose_forms
 from planish.compiler.select.fitted_transforms import fit_transforms
@@ -49,7 +53,7 @@ from planish.compiler.select.policy import SelectionPolicy
 from planish.compiler.select.ratios import average_bits, choose_counts
 from planish.compiler.select.sensitivity import measure_sensitivity
 from planish.passes.scheme import Scheme
-from planish.passes.transforms import Site
+from planish.passes.transforms import Site, Transforms
 
 RULES = ("solved", "fixed", "no-pairs", "no-fisher")
 
@@ -88,7 +92,8 @@ class Setting:
         )
         self.windows = windows_of(self.checkpoint, arguments.text, arguments.seqlen, arguments.windows)
         self._policy = SelectionPolicy.parse(arguments.select)
-        self._bits, self._work, self._progress = arguments.hic_bits, arguments.work, progress
+        self._bits, self._epochs = arguments.hic_bits, arguments.polish
+        self._work, self._progress = arguments.work, progress
 
     def folder(self, *parts: object) -> Path:
         """Return a folder in the work folder, which is made."""
@@ -131,26 +136,52 @@ class Setting:
         evidence = chosen.evidence | {"counts": counts, "stored_bits": average_bits(counts, shapes, split)}
         return ChosenChannels(high_counts(counts, sensitivity, policy), evidence)
 
+    def perplexities(
+        self, spelling: str, forms: list[dict[Site, Form]], high: list[dict[Site, HighCount]] | None
+    ) -> dict[str, float]:
+        """Return the perplexity of a row as it is flattened, and as it is polished."""
+        row, checkpoint, tokens = Row.of(spelling), self.checkpoint, self.tokens
+        layers, held_out = checkpoint.config.num_hidden_layers, held_out_sequences(len(tokens))
+        work = self.folder("flattening", spelling)
+        first, last = self.folder(work, "rounded"), self.folder(work, "polished")
+        transforms = flatten_checkpoint(
+            checkpoint,
+            row.scheme,
+            forms,
+            tokens,
+            work,
+            CodesOnDisk(first, checkpoint, row.scheme, unranked(high, checkpoint.config).high),
+            steps=Steps(rounding=row.rounding),
+            high=high,
+            progress=lambda done, total: self._progress.step("flatten", done, total),
+        )
+        rounded, scaled = (CodesOnDisk(each, checkpoint, row.scheme, transforms.high) for each in (first, last))
+        found = {"flattened": self._perplexity(row.scheme, transforms, rounded)}
+        if self._epochs:
+            polished = polish(
+                checkpoint,
+                row.scheme,
+                transforms,
+                rounded,
+                tokens,
+                StreamFiles(work, held_out).open(layers).target,
+                held_out,
+                self._epochs,
+                work,
+                progress=lambda done, total: self._progress.step("polish", done, total),
+            )
+            for part in (f"model.layers.{layer}" for layer in range(layers)):
+                scaled.keep_scaled(part, [f"{part}.{module}" for module in MODULES], rounded, polished.row_scales)
+            found["polished"] = self._perplexity(row.scheme, polished.transforms, scaled)
+        shutil.rmtree(work)
+        return found
+
     @torch.no_grad()
-    def perplexity(self, row: Row, forms: list[dict[Site, Form]], high: list[dict[Site, HighCount]] | None) -> float:
-        """Flatten block after block, scoring the windows on the way."""
-        config, tokens = self.checkpoint.config, torch.from_numpy(self.tokens)
-        x, target = embed(self.checkpoint, self.windows), embed(self.checkpoint, tokens)
-        seen, held_out = target.clone(), held_out_sequences(len(tokens))
-        angles, scored = (Angles.of(config, each.shape[1]) for each in (tokens, self.windows))
-        steps = Steps(rounding=row.rounding)
+    def _perplexity(self, scheme: Scheme, transforms: Transforms, codes: CodesOnDisk) -> float:
+        model = LowBitModel(self.checkpoint, scheme, transforms, codes)
         with fast_products():
-            for layer in range(config.num_hidden_layers):
-                block = read_block(self.checkpoint, layer)
-                outputs = run_all(FloatHooks(block), self.checkpoint, target, angles)
-                streams = Streams(target, seen, held_out)
-                of_block = None if high is None else high[layer]
-                done = flatten_block(block, streams, outputs, row.scheme, forms[layer], layer, steps, high=of_block)
-                seen = run_all(done.hooks, self.checkpoint, seen, angles)
-                x = run_all(done.hooks, self.checkpoint, x, scored)
-                target = outputs
-                self._progress.step("flatten", layer + 1, config.num_hidden_layers)
-        return perplexity_of(self.checkpoint, row.scheme, self.windows, x)
+            hidden = torch.cat([model.outputs(window[None]) for window in self.windows])
+        return perplexity_of(self.checkpoint, scheme, self.windows, hidden)
 
 
 def without_pairs(losses: PairLosses) -> PairLosses:
@@ -170,7 +201,7 @@ def stored_bits(scheme: Scheme, checkpoint: Checkpoint) -> float:
 
 
 def run_row(setting: Setting, spelling: str) -> dict[str, Any]:
-    """Return the perplexity of a row, the bits it stores, the time it took, and its numbers of channels."""
+    """Return the perplexities of a row, the bits it stores, the time it took, and its numbers of channels."""
     row, started = Row.of(spelling), time.perf_counter()
     forms, found, high = setting.forms(row.scheme), {}, None
     if row.budget is None:
@@ -179,8 +210,7 @@ def run_row(setting: Setting, spelling: str) -> dict[str, Any]:
         chosen = setting.choose(row, forms)
         high = chosen.high
         found["bits"], found["counts"] = chosen.evidence["stored_bits"], chosen.evidence["counts"]
-    found["perplexity"] = setting.perplexity(row, forms, high)
-    return {**found, "seconds": round(time.perf_counter() - started)}
+    return {**found, **setting.perplexities(spelling, forms, high), "seconds": round(time.perf_counter() - started)}
 
 
 def main() -> None:
@@ -193,6 +223,7 @@ def main() -> None:
     parser.add_argument("--rows", required=True)
     parser.add_argument("--select", default="fixed:affine", help="policy of the transforms")
     parser.add_argument("--hic-bits", type=int, default=4)
+    parser.add_argument("--polish", type=int, default=4, help="epochs; 0 leaves it out")
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=40)
@@ -207,11 +238,11 @@ def main() -> None:
             if spelling not in found:
                 found[spelling] = run_row(setting, spelling)
                 kept.write_text(json.dumps(found))
-                progress.say(f"{spelling}: {found[spelling]['perplexity']:.2f} at {found[spelling]['bits']:.3f} bits")
-    table = Table("row", "bits", "perplexity", "seconds")
+    table = Table("row", "bits", "flattened", "polished", "seconds")
     for spelling in rows:
         each = found[spelling]
-        table.add_row(spelling, f"{each['bits']:.3f}", f"{each['perplexity']:.2f}", str(each["seconds"]))
+        scores = [f"{each[name]:.2f}" if name in each else "" for name in ("flattened", "polished")]
+        table.add_row(spelling, f"{each['bits']:.3f}", *scores, str(each["seconds"]))
     Console().print(table)
     if arguments.json:
         print(json.dumps({row: found[row] for row in rows}))

@@ -13,7 +13,7 @@ from typing import Any
 
 from planish.compiler.cli import main
 from planish.compiler.learn import flattening
-from planish.compiler.learn.polish import polish
+from planish.compiler.learn.polish import low_bit_model
 from planish.compiler.pipeline import flatten
 
 __all__ = ["WATCHED", "watch"]
@@ -23,7 +23,7 @@ WATCHED: dict[str, tuple[Any, str]] = {
     "calibrate": (flatten, "calibration_tokens"),
     "flatten a block": (flattening, "flatten_block"),
     "run a block between streams": (flattening, "run_block"),
-    "loss of a polished sequence": (polish._Model, "loss"),
+    "loss of a polished sequence": (low_bit_model.LowBitModel, "loss"),
 }
 
 

@@ -251,14 +251,7 @@ def _polish(
     )
     for layer in range(layers):
         part = f"model.layers.{layer}"
-        kept = {}
-        for module in MODULES:
-            name = f"{part}.{module}"
-            for segment in rounded.segments(name):
-                weight = rounded.quantized(segment.of(name))
-                scale = weight.scale * polished.row_scales[segment.of(name)]
-                kept[segment.of(name)] = dataclasses.replace(weight, scale=scale)
-        codes.keep(part, kept)
+        codes.keep_scaled(part, [f"{part}.{module}" for module in MODULES], rounded, polished.row_scales)
     return polished.transforms, {
         "epochs": epochs,
         # Of an epoch that diverged there is none; JSON has no infinity.

@@ -4,6 +4,7 @@ A file is written whole or not at all, so a run that was killed resumes behind t
 channels of a module are high-impact ones, the file holds a weight for each segment, under the name of `Segment.of`.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.quantize.arithmetic import QuantizedWeight, channels_of, quantize_weight
@@ -105,6 +107,16 @@ class CodesOnDisk:
         unfinished = path.with_suffix(".part")
         save_file(tensors, unfinished)
         unfinished.rename(path)
+
+    def keep_scaled(self, part: str, modules: list[str], rounded: "CodesOnDisk", factors: Mapping[str, Tensor]) -> None:
+        """Write the codes of `modules` as `rounded` has them, with scales of rows times `factors`, [out] by segment."""
+        scaled = {}
+        for module in modules:
+            for segment in rounded.segments(module):
+                name = segment.of(module)
+                weight = rounded.quantized(name)
+                scaled[name] = dataclasses.replace(weight, scale=weight.scale * factors[name])
+        self.keep(part, scaled)
 
     def share(self, part: str, other: "CodesOnDisk") -> None:
         """Take over the file of `part` from `other`, on the same disk, without a copy."""

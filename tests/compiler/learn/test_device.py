@@ -13,7 +13,7 @@ from planish.compiler.calibrate.settings import CalibrationSettings
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.errors import DeviceError
 from planish.compiler.learn.device import clear_memory_errors, device_kind, open_device
-from planish.compiler.learn.polish import polish
+from planish.compiler.learn.polish import low_bit_model
 from planish.compiler.pipeline.flatten import flatten
 from planish.compiler.pipeline.high_impact import HighChannels
 from planish.compiler.progress import Silent
@@ -93,7 +93,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
     """A pretended GPU to enter; what no mode of PyTorch's sees is as it is on the CPU."""
     monkeypatch.setattr(torch, "Generator", GeneratorOnTheCpu)
     # In the backward pass, where activations are computed again, nothing is watched.
-    monkeypatch.setattr(polish, "recompute", lambda run, *args, use_reentrant: run(*args))
+    monkeypatch.setattr(low_bit_model, "recompute", lambda run, *args, use_reentrant: run(*args))
     return PretendedGpu()
 
 

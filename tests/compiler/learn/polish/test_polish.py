@@ -13,6 +13,7 @@ from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.learn.block import MODULES
 from planish.compiler.learn.flattening import flatten_checkpoint, held_out_sequences
 from planish.compiler.learn.polish import polish as module
+from planish.compiler.learn.polish.low_bit_model import LowBitModel
 from planish.compiler.learn.polish.polish import Polished, polish
 from planish.compiler.learn.stream_files import StreamFiles
 from planish.compiler.learn.transforms.transformed import TransformedCheckpoint
@@ -124,7 +125,7 @@ def test_learns(tmp_path: Path) -> None:
 def test_goes_on_where_it_was_killed(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = case.polish(tmp_path / "whole")
     calls = 0
-    loss = module._Model.loss
+    loss = LowBitModel.loss
 
     def dies(self: object, ids: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
         nonlocal calls
@@ -133,10 +134,10 @@ def test_goes_on_where_it_was_killed(case: Case, tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
         return loss(self, ids, final)
 
-    monkeypatch.setattr(module._Model, "loss", dies)
+    monkeypatch.setattr(LowBitModel, "loss", dies)
     with pytest.raises(KeyboardInterrupt):
         case.polish(tmp_path / "killed")
-    monkeypatch.setattr(module._Model, "loss", loss)
+    monkeypatch.setattr(LowBitModel, "loss", loss)
     resumed = case.polish(tmp_path / "killed")
     assert resumed.divergence == whole.divergence
     for name, scale in whole.row_scales.items():

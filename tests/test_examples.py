@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 READMES = sorted((ROOT / "examples").glob("*/README.md"))
-#: Their commands need TensorRT; tests/compiler/test_deploy_examples.py tests what can be tested of them.
-NEED_TENSORRT = ("tensorrt_cpp", "trtexec")
+#: Its commands need TensorRT; tests/compiler/test_deploy_examples.py tests what can be tested of it.
+NEED_TENSORRT = ("tensorrt_cpp",)
 #: A command of a README, as a newcomer would copy it.
 _COMMAND = re.compile(r"^    ((?:planish|python) .*)$", re.MULTILINE)
 #: What makes a command cheap, by its first words.

@@ -56,7 +56,7 @@ def emulated_kernels() -> ctypes.CDLL:
     library = bind(ctypes.CDLL(str(build_library(FOLDER / "emulated_kernels.cpp"))))
     library.planish_emulate_small.argtypes = (ctypes.POINTER(LinearTask), *3 * [ctypes.c_int32])
     library.planish_emulate_weight_only.argtypes = (ctypes.POINTER(WeightOnlyTask), *2 * [ctypes.c_int32])
-    library.planish_emulate_quantize.argtypes = (ctypes.POINTER(QuantizeTask), *2 * [ctypes.c_int32])
+    library.planish_emulate_quantize.argtypes = (ctypes.POINTER(QuantizeTask), *3 * [ctypes.c_int32])
     return library
 
 
@@ -175,6 +175,7 @@ def quantize(
     order: Order = Order.LANES,
     values: int = 16,
     threads: int = 64,
+    tiled: bool = False,
 ) -> Quantized:
     """Run the quantising kernel on float32 x [tokens, channels].
 
@@ -190,6 +191,7 @@ def quantize(
         order: of the codes.
         values: results of a thread, 4 or 16.
         threads: of a block.
+        tiled: multiply factors by tensor cores.
     """
     tokens, channels = x.shape
     k = right.shape[1] if right is not None else channels // len(left) if left is not None else channels
@@ -220,7 +222,7 @@ def quantize(
         scales=scale.ctypes.data,
         zero_sums=zero_sum.ctypes.data,
     )
-    call(emulated_kernels(), "planish_emulate_quantize", ctypes.byref(task), values, threads)
+    call(emulated_kernels(), "planish_emulate_quantize", ctypes.byref(task), values, threads, tiled)
     return Quantized(codes, scale, zero_sum)
 
 

@@ -9,6 +9,8 @@
 // map and `left` behind it a mixing of the blocks. So one routine serves every kind of transform, and the matrices of a
 // Hadamard rotation, of any order, are data.
 //
+// Where `right` is one matrix for all i, and m is not small, tiled_factors.cuh does the same many times faster.
+//
 // Cost: m + k multiply-adds per channel, float32 on the CUDA cores. Each thread holds up to VALUES results in
 // registers, so that a row is transformed in place and shared memory holds it once: 57 KB for 14336 channels, which
 // every GPU has. A thread's results share a column wherever k is at most the number of threads. Then an element of

@@ -1,13 +1,13 @@
 // A block of threads, on the GPU or emulated: the counterpart of warp.cuh for kernels whose threads meet at barriers.
 //
 // `each` runs a lambda for every thread and then waits for all of them; what threads keep between two of them in
-// registers is a `PerThread`. `total` and `largest` give every thread the sum and the maximum over all of them. The
+// registers is a `PerThread`. `each_warp` and `PerWarp` are the same for warps (warp.cuh). `total` and `largest` give every thread the sum and the maximum over all of them. The
 // order in which floats are added depends on nothing but the number of threads, so results repeat bit by bit.
 #pragma once
 
 #include <cmath>
 
-#include "portable.cuh"
+#include "warp.cuh"
 
 namespace planish {
 
@@ -17,12 +17,17 @@ constexpr int kMaxThreads = 1024;
 
 class DeviceBlock {
   public:
+    using Warp = DeviceWarp;
+
     template <class T>
     struct PerThread {
         T value;
         __device__ __forceinline__ T& operator[](int) { return value; }
         __device__ __forceinline__ const T& operator[](int) const { return value; }
     };
+
+    template <class T>
+    using PerWarp = PerThread<T>;
 
     // `scratch` is shared memory, one int per warp at least.
     __device__ __forceinline__ explicit DeviceBlock(int32_t* scratch) : scratch_(scratch) {}
@@ -32,6 +37,12 @@ class DeviceBlock {
     template <class Function>
     __device__ __forceinline__ void each(Function function) {
         function(static_cast<int>(threadIdx.x));
+        __syncthreads();
+    }
+
+    template <class Function>
+    __device__ __forceinline__ void each_warp(Function function) {
+        function(Warp::index());
         __syncthreads();
     }
 
@@ -72,11 +83,19 @@ class DeviceBlock {
 
 class HostBlock {
   public:
+    using Warp = HostWarp;
+
     template <class T>
     struct PerThread {
         T values[kMaxThreads];
         T& operator[](int thread) { return values[thread]; }
         const T& operator[](int thread) const { return values[thread]; }
+    };
+
+    template <class T>
+    struct PerWarp {
+        T values[kMaxThreads / kLanes];
+        T& operator[](int warp) { return values[warp]; }
     };
 
     explicit HostBlock(int threads) : threads_(threads) {}
@@ -86,6 +105,11 @@ class HostBlock {
     template <class Function>
     void each(Function function) {
         for (int thread = 0; thread < threads_; ++thread) function(thread);
+    }
+
+    template <class Function>
+    void each_warp(Function function) {
+        for (int warp = 0; warp < threads_ / kLanes; ++warp) function(warp);
     }
 
     template <class T>

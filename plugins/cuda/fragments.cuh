@@ -26,8 +26,8 @@ struct Place {
     int k;
 };
 
-// --- the instructions, with FIELDS elements in a register: 2 halves (m16n8k16), 4 bytes (m16n8k32) or 8 nibbles
-// (m16n8k64) ---
+// --- the instructions, with FIELDS elements in a register: 1 float (m16n8k8), 2 halves (m16n8k16), 4 bytes (m16n8k32)
+// or 8 nibbles (m16n8k64) ---
 
 // Element `field` of register a[reg], reg = 0 .. 3.
 template <int FIELDS>

@@ -14,26 +14,6 @@ namespace planish {
 // The bits of a float16.
 using Half = uint16_t;
 
-PLANISH_HD uint32_t bits_of(float value) {
-#if defined(__CUDA_ARCH__)
-    return __float_as_uint(value);
-#else
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    return bits;
-#endif
-}
-
-PLANISH_HD float float_of_bits(uint32_t bits) {
-#if defined(__CUDA_ARCH__)
-    return __uint_as_float(bits);
-#else
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-#endif
-}
-
 // 2^n, -126 <= n <= 127.
 PLANISH_HD float power_of_two(int n) { return float_of_bits(static_cast<uint32_t>(n + 127) << 23); }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define PLANISH_HD __host__ __device__ __forceinline__
@@ -22,6 +23,27 @@
 #endif
 
 namespace planish {
+
+// A float as its bits, and back.
+PLANISH_HD uint32_t bits_of(float value) {
+#if defined(__CUDA_ARCH__)
+    return __float_as_uint(value);
+#else
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return bits;
+#endif
+}
+
+PLANISH_HD float float_of_bits(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+    return __uint_as_float(bits);
+#else
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+#endif
+}
 
 // Four words that a lane reads or writes as one: the widest access a GPU has.
 struct alignas(16) Quad {

@@ -2,7 +2,7 @@
 //
 //     h = x + residual                        stored as the next residual, and read back as it was rounded
 //     u = h / sqrt(mean(h^2) + epsilon) * gain
-//     v = u P                                 apply_factors.cuh
+//     v = u P                                 apply_factors.cuh, tiled_factors.cuh
 //     scale = max(clip * max|v| / (2^(bits-1) - 1), 1e-10)
 //     code = clamp(round(v / scale), -2^(bits-1), 2^(bits-1) - 1) + 2^(bits-1)
 //
@@ -13,8 +13,7 @@
 // Bytes: x once, codes once, one byte per channel; factors from L2. Everything between is in shared memory.
 #pragma once
 
-#include "apply_factors.cuh"
-#include "fragments.cuh"
+#include "tiled_factors.cuh"
 #include "zero_points.cuh"
 
 namespace planish {
@@ -58,18 +57,44 @@ PLANISH_HD float divide(float x, float y) {
 #endif
 }
 
+// Calls function(i, place of channel i) for a thread's channels of a row before its transform. TILED, it lies in padded
+// lines; a warp then takes a line, so that no channel asks for a division.
+template <bool TILED, class Function>
+PLANISH_HD void each_channel(const RowQuantization& task, float* row, int thread, int threads, Function function) {
+    if (!TILED) {
+        for (int i = thread; i < task.channels; i += threads) function(i, row[i]);
+        return;
+    }
+    const int k = task.factors.k, stride = tiled_stride(k);
+    for (int i = thread / kLanes; i < task.factors.m; i += threads / kLanes) {
+        for (int j = thread % kLanes; j < k; j += kLanes) function(i * k + j, row[i * stride + j]);
+    }
+}
+
+// Sets to zero what is behind the channels of a line, where a step of a tile reads it.
 template <class Block>
+PLANISH_HD void clear_padding(const Factors& factors, float* row, Block& block) {
+    const int k = factors.k, stride = tiled_stride(k), padding = stride - k;
+    block.each([&](int thread) {
+        for (int i = thread; i < factors.m * padding; i += block.threads()) {
+            row[i / padding * stride + k + i % padding] = 0;
+        }
+    });
+}
+
+template <bool TILED, class Block>
 PLANISH_HD void normalise_row(const RowQuantization& task, float* row, Block& block) {
     typename Block::template PerThread<float> squares;
     block.each([&](int thread) {
         float sum = 0;
-        for (int i = thread; i < task.channels; i += block.threads()) sum += row[i] * row[i];
+        each_channel<TILED>(task, row, thread, block.threads(), [&](int, float& value) { sum += value * value; });
         squares[thread] = sum;
     });
     const float mean = divide(block.total(squares), static_cast<float>(task.channels));
     const float inverse = divide(1.0f, sqrtf(mean + task.epsilon));
     block.each([&](int thread) {
-        for (int i = thread; i < task.channels; i += block.threads()) row[i] = row[i] * inverse * task.gain[i];
+        each_channel<TILED>(task, row, thread, block.threads(),
+                            [&](int i, float& value) { value = value * inverse * task.gain[i]; });
     });
 }
 
@@ -115,12 +140,24 @@ PLANISH_HD void quantize_segment(const CodeSegment& segment, Order order, const 
     });
 }
 
-// `row` is shared memory that holds the token, float32 [channels]; VALUES as in apply_factor.
-template <int VALUES, class Block>
+// Floats of shared memory that a row takes.
+template <bool TILED>
+PLANISH_HD int row_floats(const RowQuantization& task) {
+    return TILED ? tiled_floats(task.factors) : task.channels;
+}
+
+// `row` is shared memory that holds the token, where each_channel<TILED> has put it: row_floats of them. A thread has
+// VALUES results of a factor.
+template <int VALUES, bool TILED, class Block>
 PLANISH_HD void quantize_row(const RowQuantization& task, float* row, const RowOutput& out, Block& block) {
-    if (task.gain) normalise_row(task, row, block);
-    if (task.factors.right) apply_factor<VALUES, false>(task.factors, row, block);
-    if (task.factors.left) apply_factor<VALUES, true>(task.factors, row, block);
+    if (TILED && task.factors.k % kFactorDepth) clear_padding(task.factors, row, block);
+    if (task.gain) normalise_row<TILED>(task, row, block);
+    if (TILED) {
+        apply_tiled<VALUES / 4>(task.factors, row, block);
+    } else {
+        if (task.factors.right) apply_factor<VALUES, false>(task.factors, row, block);
+        if (task.factors.left) apply_factor<VALUES, true>(task.factors, row, block);
+    }
     int first = 0;
     uint8_t* codes = out.codes;
     for (int s = 0; s < task.segment_count; ++s) {

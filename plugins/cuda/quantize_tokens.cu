@@ -1,7 +1,7 @@
 // The launcher of quantize_row.cuh: one block per token.
 //
-// A thread holds 16 results of a factor, or 4 where there are few tokens, when a GPU is nearly idle and more threads
-// make a token's own time shorter.
+// Factors of a Kronecker product go to the tensor cores, all others to the CUDA cores. A thread holds 16 results of a
+// factor, or 4 where there are few tokens, when a GPU is nearly idle and more threads make a token's own time shorter.
 
 #include "launch.cuh"
 
@@ -27,28 +27,40 @@ __device__ __forceinline__ float to_float(T value) {
     return static_cast<float>(value);
 }
 
-template <class T, int VALUES>
-__global__ void __launch_bounds__(kMaxThreads)
-    quantize(const __grid_constant__ RowQuantization task, const __grid_constant__ Io io) {
+// The token of a block, on its way from memory to codes.
+template <class T, int VALUES, bool TILED>
+__device__ __forceinline__ void quantize_token(const RowQuantization& task, const Io& io) {
     extern __shared__ float row[];
     __shared__ int32_t scratch[kMaxThreads / 32];
     DeviceBlock block(scratch);
     const int64_t token = blockIdx.x, first = token * task.channels;
     block.each([&](int thread) {
         const T* x = static_cast<const T*>(io.x) + first;
-        for (int i = thread; i < task.channels; i += block.threads()) {
+        each_channel<TILED>(task, row, thread, block.threads(), [&](int i, float& place) {
             float value = to_float(x[i]);
             if (io.residual) {
                 const T sum = static_cast<T>(value + to_float(static_cast<const T*>(io.residual)[first + i]));
                 if (io.sum) static_cast<T*>(io.sum)[first + i] = sum;
                 value = to_float(sum);
             }
-            row[i] = value;
-        }
+            place = value;
+        });
     });
     const RowOutput out = {io.codes + token * io.stride, io.scales + token * task.segment_count,
                            io.sums + token * task.segment_count};
-    quantize_row<VALUES>(task, row, out, block);
+    quantize_row<VALUES, TILED>(task, row, out, block);
+}
+
+template <class T, int VALUES>
+__global__ void __launch_bounds__(kMaxThreads)
+    quantize_cores(const __grid_constant__ RowQuantization task, const __grid_constant__ Io io) {
+    quantize_token<T, VALUES, false>(task, io);
+}
+
+template <class T, int VALUES>
+__global__ void __launch_bounds__(kMaxThreads)
+    quantize_tiles(const __grid_constant__ RowQuantization task, const __grid_constant__ Io io) {
+    quantize_token<T, VALUES, true>(task, io);
 }
 
 // Threads whose results, VALUES each, make up a row; 0 where the most threads are too few.
@@ -61,25 +73,34 @@ int threads_for(const Factors& factors, int channels) {
     return 0;
 }
 
-template <class T, int VALUES>
+template <class T, int VALUES, bool TILED>
 int launch(const RowQuantization& task, const Io& io, int64_t tokens, int threads, cudaStream_t stream) {
-    const size_t bytes = task.channels * sizeof(float);
+    constexpr auto kernel = TILED ? quantize_tiles<T, VALUES> : quantize_cores<T, VALUES>;
+    const size_t bytes = row_floats<TILED>(task) * sizeof(float);
     if (bytes > kFreeSharedBytes) {
-        cudaFuncSetAttribute(quantize<T, VALUES>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     }
-    quantize<T, VALUES><<<static_cast<unsigned>(tokens), threads, bytes, stream>>>(task, io);
+    kernel<<<static_cast<unsigned>(tokens), threads, bytes, stream>>>(task, io);
     return launched("planish_quantize_tokens");
 }
 
 template <class T>
 int launch(const RowQuantization& task, const Io& io, int64_t tokens, cudaStream_t stream) {
-    const int few = tokens <= kFewTokens ? threads_for<4>(task.factors, task.channels) : 0;
-    if (few) return launch<T, 4>(task, io, tokens, few, stream);
-    const int threads = threads_for<16>(task.factors, task.channels);
-    if (!threads)
-        return fail(PLANISH_BAD_ARGUMENT, "no block is wide enough for %d channels as rows of %d", task.channels,
-                    task.factors.k);
-    return launch<T, 16>(task, io, tokens, threads, stream);
+    const bool few = tokens <= kFewTokens;
+    if (const int threads = few ? threads_of_tiles<1>(task.factors) : 0) {
+        return launch<T, 4, true>(task, io, tokens, threads, stream);
+    }
+    if (const int threads = threads_of_tiles<4>(task.factors)) {
+        return launch<T, 16, true>(task, io, tokens, threads, stream);
+    }
+    if (const int threads = few ? threads_for<4>(task.factors, task.channels) : 0) {
+        return launch<T, 4, false>(task, io, tokens, threads, stream);
+    }
+    if (const int threads = threads_for<16>(task.factors, task.channels)) {
+        return launch<T, 16, false>(task, io, tokens, threads, stream);
+    }
+    return fail(PLANISH_BAD_ARGUMENT, "no block is wide enough for %d channels as rows of %d", task.channels,
+                task.factors.k);
 }
 
 }  // namespace

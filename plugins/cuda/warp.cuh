@@ -5,7 +5,8 @@
 // value. HostWarp runs the lambda 32 times and multiplies by the fragment maps of the PTX ISA, one lane after the
 // other.
 //
-// Both codes of an MMA are unsigned and the accumulator is int32, or both are float16 and it is float32; D = A B + D.
+// Both codes of an MMA are unsigned and the accumulator is int32, or both are float16 or tf32 and it is float32;
+// D = A B + D.
 #pragma once
 
 #include "fragments.cuh"
@@ -25,7 +26,7 @@ struct FragmentC {
     int32_t reg[4];
 };
 
-// Sums of an MMA of float16, in the places of FragmentC.
+// Sums of an MMA of floats, in the places of FragmentC.
 struct FragmentF {
     float reg[4];
 };
@@ -64,6 +65,15 @@ struct DeviceWarp {
     static __device__ __forceinline__ void mma_f16(PerLane<FragmentF>& c, const PerLane<FragmentA>& a,
                                                    const PerLane<FragmentB>& b) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c.value.reg[0]), "+f"(c.value.reg[1]), "+f"(c.value.reg[2]), "+f"(c.value.reg[3])
+            : "r"(a.value.reg[0]), "r"(a.value.reg[1]), "r"(a.value.reg[2]), "r"(a.value.reg[3]), "r"(b.value.reg[0]),
+              "r"(b.value.reg[1]));
+    }
+
+    // m16n8k8 of tf32: floats whose last 13 bits are zero.
+    static __device__ __forceinline__ void mma_tf32(PerLane<FragmentF>& c, const PerLane<FragmentA>& a,
+                                                    const PerLane<FragmentB>& b) {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(c.value.reg[0]), "+f"(c.value.reg[1]), "+f"(c.value.reg[2]), "+f"(c.value.reg[3])
             : "r"(a.value.reg[0]), "r"(a.value.reg[1]), "r"(a.value.reg[2]), "r"(a.value.reg[3]), "r"(b.value.reg[0]),
               "r"(b.value.reg[1]));
@@ -108,12 +118,17 @@ struct HostWarp {
         multiply<2, float>(c, a, b, [](uint32_t field) { return half_value(static_cast<uint16_t>(field)); });
     }
 
+    // m16n8k8 of tf32. What an operand has behind the bits of tf32 is not there.
+    static void mma_tf32(PerLane<FragmentF>& c, const PerLane<FragmentA>& a, const PerLane<FragmentB>& b) {
+        multiply<1, float>(c, a, b, [](uint32_t field) { return float_of_bits(field & 0xFFFFE000u); });
+    }
+
   private:
     // FIELDS elements to a register: gather both operands as matrices, multiply, and hand the sums out to the lanes.
     template <int FIELDS, class Number, class Sums, class Value>
     static void multiply(Sums& c, const PerLane<FragmentA>& a, const PerLane<FragmentB>& b, Value value) {
         constexpr int kWidth = 32 / FIELDS;
-        constexpr uint32_t kMask = (1u << kWidth) - 1;
+        constexpr uint32_t kMask = 0xFFFFFFFFu >> (32 - kWidth);
         Number left[kTileRows][8 * FIELDS], right[kTileTokens][8 * FIELDS];
         for (int lane = 0; lane < kLanes; ++lane) {
             for (int field = 0; field < FIELDS; ++field) {

@@ -1,6 +1,7 @@
 // The C interface of the kernels on the host: their checks as they are, their blocks run warp by warp and phase by
 // phase. All memory is the host's; outputs are float32 or float16, tokens too.
 
+#include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <vector>
@@ -167,32 +168,33 @@ void weight_only(const WeightOnlyLinear& linear, int warps, int threads) {
     }
 }
 
-template <int VALUES>
+template <int VALUES, bool TILED>
 void quantize(const planish_quantize& task, const RowQuantization& row, int threads) {
-    std::vector<float> values(static_cast<std::size_t>(task.channels));
     const auto read = [&](const void* from, int64_t at) {
         return task.type == PLANISH_FLOAT32 ? static_cast<const float*>(from)[at]
                                             : static_cast<float>(static_cast<const _Float16*>(from)[at]);
     };
     for (int64_t token = 0; token < task.tokens; ++token) {
-        for (int64_t i = 0; i < task.channels; ++i) {
-            const int64_t at = token * task.channels + i;
-            float value = read(task.x, at);
-            if (task.residual) {
-                value += read(task.residual, at);
-                if (task.type != PLANISH_FLOAT32) value = static_cast<float>(static_cast<_Float16>(value));
-                if (task.sum && task.type == PLANISH_FLOAT32) static_cast<float*>(task.sum)[at] = value;
-                if (task.sum && task.type != PLANISH_FLOAT32) {
-                    static_cast<_Float16*>(task.sum)[at] = static_cast<_Float16>(value);
-                }
-            }
-            values[static_cast<std::size_t>(i)] = value;
-        }
+        // What nobody writes is no number.
+        std::vector<float> values(static_cast<std::size_t>(row_floats<TILED>(row)), NAN);
         HostBlock block(threads);
+        block.each([&](int thread) {
+            each_channel<TILED>(row, values.data(), thread, threads, [&](int i, float& place) {
+                const int64_t at = token * task.channels + i;
+                place = read(task.x, at);
+                if (!task.residual) return;
+                place += read(task.residual, at);
+                if (task.type != PLANISH_FLOAT32) place = static_cast<float>(static_cast<_Float16>(place));
+                if (task.sum && task.type == PLANISH_FLOAT32) static_cast<float*>(task.sum)[at] = place;
+                if (task.sum && task.type != PLANISH_FLOAT32) {
+                    static_cast<_Float16*>(task.sum)[at] = static_cast<_Float16>(place);
+                }
+            });
+        });
         const int64_t at = token * task.segment_count;
         const RowOutput out = {task.codes + token * task.stride, task.scales + at,
                                reinterpret_cast<TokenSum*>(task.zero_sums) + at};
-        quantize_row<VALUES>(row, values.data(), out, block);
+        quantize_row<VALUES, TILED>(row, values.data(), out, block);
     }
 }
 
@@ -202,10 +204,15 @@ extern "C" {
 
 // A kernel with a number of warps, threads and results of a thread that the launcher would not choose.
 
-int planish_emulate_quantize(const planish_quantize* task, int32_t values, int32_t threads) {
+// `tiled` is 0 for factors on the CUDA cores.
+int planish_emulate_quantize(const planish_quantize* task, int32_t values, int32_t threads, int32_t tiled) {
     RowQuantization row = {};
     if (const int status = read_quantize(*task, row)) return status;
-    values == 4 ? quantize<4>(*task, row, threads) : quantize<16>(*task, row, threads);
+    if (tiled) {
+        values == 4 ? quantize<4, true>(*task, row, threads) : quantize<16, true>(*task, row, threads);
+    } else {
+        values == 4 ? quantize<4, false>(*task, row, threads) : quantize<16, false>(*task, row, threads);
+    }
     return PLANISH_OK;
 }
 
@@ -242,7 +249,12 @@ int planish_emulate_weight_only(const planish_weight_only* task, int32_t warps, 
 
 int planish_best_order(int64_t, int32_t, int32_t* order) { return *order = PLANISH_LANES; }
 
-int planish_quantize_tokens(const planish_quantize* task, void*) { return planish_emulate_quantize(task, 16, 1024); }
+int planish_quantize_tokens(const planish_quantize* task, void*) {
+    RowQuantization row = {};
+    if (const int status = read_quantize(*task, row)) return status;
+    const int threads = threads_of_tiles<4>(row.factors);
+    return planish_emulate_quantize(task, 16, threads ? threads : 1024, threads > 0);
+}
 
 int planish_small_linear(const planish_linear* task, void*) {
     return planish_emulate_small(task, task->tokens > 2, 2, 64);

@@ -75,6 +75,40 @@ def test_transforms(form: str, m: int, k: int, threads: int, values: int) -> Non
     assert_codes_fit(codes, found.scale[:, 0], transformed(x, right, left), 8)
 
 
+#: m, k, and the warps that 1 and 4 tiles to a warp take: of SmolLM2, LLaMA-2-7B and LLaMA-3-8B, and some with lines
+#: and columns behind the last.
+TILED = [(24, 24, 6, 3), (32, 48, 12, 6), (64, 64, 32, 8), (8, 72, 10, 9), (9, 20, 6, 3), (86, 128, 96, 32)]
+
+
+@pytest.mark.parametrize(("m", "k", "warps_of_one", "warps_of_four"), TILED, ids=lambda size: str(size))
+@pytest.mark.parametrize("tiles", [1, 4])
+@pytest.mark.parametrize("form", ["right", "right left"])
+def test_tiled_transforms(form: str, tiles: int, m: int, k: int, warps_of_one: int, warps_of_four: int) -> None:
+    """Kronecker products by tensor cores are as close to float64 as they are on the CUDA cores."""
+    warps = warps_of_one if tiles == 1 else warps_of_four
+    if warps > 32:
+        return
+    rng = np.random.default_rng(m)
+    x = tokens(3, m * k)
+    right = rng.standard_normal((1, k, k)).astype(np.float32)
+    left = rng.standard_normal((m, m)).astype(np.float32) if "left" in form else None
+    gain = rng.uniform(0.5, 2, m * k).astype(np.float32)
+    found = quantize(
+        x,
+        [(m * k, padded(m * k), 8)],
+        right=right,
+        left=left,
+        gain=gain,
+        values=4 * tiles,
+        threads=32 * warps,
+        tiled=True,
+    )
+    wide = x.astype(np.float64)
+    normal = wide / np.sqrt((wide**2).mean(1, keepdims=True)) * gain
+    codes = natural_order(found.codes)[:, : m * k]
+    assert_codes_fit(codes, found.scale[:, 0], transformed(normal, right, left), 8)
+
+
 def natural_order(stored: Array) -> Array:
     return stored.reshape(len(stored), -1, 2, 4).swapaxes(2, 3).reshape(len(stored), -1)
 

@@ -24,7 +24,7 @@ EXPECTED = {
     "nibble_linear": {"large_nibbles": ("IMMA.16864.U4.U4", 255)},
     "wgmma_linear": {"large_wgmma": ("IGMMA.64x", 255)},
     "weight_only": {"weight_only": ("HMMA.16816.F32", 255)},
-    "quantize_tokens": {"quantize": ("FFMA", 64)},
+    "quantize_tokens": {"quantize_cores": ("FFMA", 64), "quantize_tiles": ("HMMA.1688.F32.TF32", 64)},
     "append_kv": {"append_kv": ("SHFL", 128)},
     "attend_kv": {"attend_few": ("HMMA.16816.F32", 128), "attend_many": ("HMMA.16816.F32", 255)},
 }
@@ -115,9 +115,9 @@ def test_instructions(unit: str, architecture: str, folder: Path) -> None:
         assert instruction in code, name
         if "MMA" in instruction:
             # Something returns where a subroutine takes the place of an instruction that this GPU does not have. A CALL
-            # alone may be no more than a jump at which lanes wait for each other. Only what a rounded division does
-            # with numbers near the end of its range is a subroutine too, behind the kernel's own code.
+            # alone may be no more than a jump at which lanes wait for each other. Only what a rounded division or root
+            # does with numbers near the end of its range is a subroutine too, behind the kernel's own code.
             own, *subroutines = re.split(r"(?m)^(\$__internal\w*\$\S*):", code)
             assert "RET" not in own, name
-            assert all("div_rn" in label for label in subroutines[::2]), name
+            assert all(re.search("(div|sqrt)_rn", label) for label in subroutines[::2]), name
         assert "LDL" not in code, name

@@ -56,6 +56,7 @@ def emulated_kernels() -> ctypes.CDLL:
     library = bind(ctypes.CDLL(str(build_library(FOLDER / "emulated_kernels.cpp"))))
     library.planish_emulate_small.argtypes = (ctypes.POINTER(LinearTask), *3 * [ctypes.c_int32])
     library.planish_emulate_weight_only.argtypes = (ctypes.POINTER(WeightOnlyTask), *2 * [ctypes.c_int32])
+    library.planish_emulate_quantize_blocks.argtypes = (ctypes.POINTER(QuantizeTask), *2 * [ctypes.c_int32])
     library.planish_emulate_quantize.argtypes = (ctypes.POINTER(QuantizeTask), *3 * [ctypes.c_int32])
     return library
 
@@ -176,6 +177,7 @@ def quantize(
     values: int = 16,
     threads: int = 64,
     tiled: bool = False,
+    together: int | None = None,
 ) -> Quantized:
     """Run the quantising kernel on float32 x [tokens, channels].
 
@@ -191,7 +193,8 @@ def quantize(
         order: of the codes.
         values: results of a thread, 4 or 16.
         threads: of a block.
-        tiled: multiply factors by tensor cores.
+        tiled: multiply the factors of a Kronecker product by tensor cores.
+        together: multiply a block-diagonal map by tensor cores, with so many tokens to a block; None does not.
     """
     tokens, channels = x.shape
     k = right.shape[1] if right is not None else channels // len(left) if left is not None else channels
@@ -222,7 +225,10 @@ def quantize(
         scales=scale.ctypes.data,
         zero_sums=zero_sum.ctypes.data,
     )
-    call(emulated_kernels(), "planish_emulate_quantize", ctypes.byref(task), values, threads, tiled)
+    if together is not None:
+        call(emulated_kernels(), "planish_emulate_quantize_blocks", ctypes.byref(task), threads, together)
+    else:
+        call(emulated_kernels(), "planish_emulate_quantize", ctypes.byref(task), values, threads, tiled)
     return Quantized(codes, scale, zero_sum)
 
 

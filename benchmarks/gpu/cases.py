@@ -86,6 +86,19 @@ def random_factors(shape: Shape, device: torch.device) -> dict[str, torch.Tensor
     return {"right": torch.randn(k, k, device=device) / k**0.5, "left": torch.randn(m, m, device=device) / m**0.5}
 
 
+def random_blocks(shape: Shape, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return a block-diagonal map of blocks of 64 channels."""
+    return {"right": torch.randn(shape.channels // 64, 64, 64, device=device) / 8}
+
+
+#: What comes before codes -> its factors and, to a channel, its multiply-adds.
+TRANSFORMS: dict[str, tuple[Callable[[Shape, torch.device], dict[str, torch.Tensor]], Callable[[Shape], int]]] = {
+    "quantise": (lambda shape, device: {}, lambda shape: 0),
+    "transform and quantise": (random_factors, lambda shape: sum(shape.factors)),
+    "blocks of 64 and quantise": (random_blocks, lambda shape: 64),
+}
+
+
 def tokens_for(shape: Shape, tokens: int, high: int, device: torch.device) -> QuantizedTokens:
     """Return quantised tokens, `high` of whose channels have 4 bits, in the order that is fastest here."""
     segments = [TokenSegment(shape.channels - high, 3, 3)]
@@ -172,11 +185,12 @@ def weight_only_case(model: str, shape: Shape, tokens: int, bits: int) -> Case:
     )  # fmt: skip
 
 
-def quantise_case(model: str, shape: Shape, tokens: int, transform: bool, goal: float | None) -> Case:
-    """Return the row of a transform and quantisation, beside a copy of the float16 rows."""
+def quantise_case(model: str, shape: Shape, tokens: int, what: str, goal: float | None) -> Case:
+    """Return the row of one of `TRANSFORMS` and quantisation, beside a copy of the float16 rows."""
+    factors_of, products = TRANSFORMS[what]
 
     def make(device: torch.device) -> Pair:
-        factors = random_factors(shape, device) if transform else {}
+        factors = factors_of(shape, device)
         order = best_order(tokens, 3, device)
         segments = [TokenSegment(shape.channels, 3, 3)]
         ours: Calls = []
@@ -189,8 +203,7 @@ def quantise_case(model: str, shape: Shape, tokens: int, transform: bool, goal: 
         return Pair(ours, peer)
 
     size = tokens * shape.channels
-    what = f"{'transform and ' if transform else ''}quantise"
-    operations = 2 * size * sum(shape.factors) if transform else 0
+    operations = 2 * size * products(shape)
     return Case(f"{model} {shape.name}", tokens, what, _COPY, goal, 3 * size, operations, False, make)
 
 
@@ -244,10 +257,10 @@ def all_cases() -> Iterator[Case]:
     """Yield every row of the table."""
     for model, shapes in LAYERS.items():
         first, widest = shapes[0], shapes[3]
-        yield quantise_case(model, first, 2048, transform=True, goal=1 / 1.5)
-        yield quantise_case(model, first, 2048, transform=False, goal=1 / 1.5)
-        yield quantise_case(model, widest, 2048, transform=True, goal=1 / 1.5)
-        yield quantise_case(model, first, 1, transform=True, goal=None)
+        for what in TRANSFORMS:
+            yield quantise_case(model, first, 2048, what, 1 / 1.5)
+            yield quantise_case(model, widest, 2048, what, 1 / 1.5)
+            yield quantise_case(model, first, 1, what, None)
         for shape in shapes:
             yield linear_case(model, shape, 1, ONE_TOKEN[shape.name])
             yield int4_case(model, shape, 1.2)

@@ -9,7 +9,8 @@
 // map and `left` behind it a mixing of the blocks. So one routine serves every kind of transform, and the matrices of a
 // Hadamard rotation, of any order, are data.
 //
-// Where `right` is one matrix for all i, and m is not small, tiled_factors.cuh does the same many times faster.
+// tiled_factors.cuh and block_factors.cuh do most of them many times faster, on the tensor cores: what comes here is a
+// left factor alone or behind a block-diagonal map, or a pair of very unequal factors.
 //
 // Cost: m + k multiply-adds per channel, float32 on the CUDA cores. Each thread holds up to VALUES results in
 // registers, so that a row is transformed in place and shared memory holds it once: 57 KB for 14336 channels, which

@@ -20,6 +20,14 @@ int read_capability(int& capability) {
     return PLANISH_OK;
 }
 
+int read_shared_bytes(int& bytes) {
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return fail(PLANISH_CUDA_FAILED, "no GPU can be asked: %s", cudaGetErrorString(error));
+    return PLANISH_OK;
+}
+
 }  // namespace planish
 
 extern "C" int planish_best_order(int64_t tokens, int32_t bits, int32_t* order) {

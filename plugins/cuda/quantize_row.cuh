@@ -1,8 +1,8 @@
-// One token on its way into a low-bit linear: residual addition, RMSNorm, transform, codes. One block, one row.
+// A token on its way into a low-bit linear: residual addition, RMSNorm, transform, codes. One block has one row, or a few.
 //
 //     h = x + residual                        stored as the next residual, and read back as it was rounded
 //     u = h / sqrt(mean(h^2) + epsilon) * gain
-//     v = u P                                 apply_factors.cuh, tiled_factors.cuh
+//     v = u P                                 apply_factors.cuh, tiled_factors.cuh, block_factors.cuh
 //     scale = max(clip * max|v| / (2^(bits-1) - 1), 1e-10)
 //     code = clamp(round(v / scale), -2^(bits-1), 2^(bits-1) - 1) + 2^(bits-1)
 //
@@ -13,7 +13,7 @@
 // Bytes: x once, codes once, one byte per channel; factors from L2. Everything between is in shared memory.
 #pragma once
 
-#include "tiled_factors.cuh"
+#include "block_factors.cuh"
 #include "zero_points.cuh"
 
 namespace planish {
@@ -146,6 +146,19 @@ PLANISH_HD int row_floats(const RowQuantization& task) {
     return TILED ? tiled_floats(task.factors) : task.channels;
 }
 
+// Codes of a row as it is.
+template <class Block>
+PLANISH_HD void quantize_segments(const RowQuantization& task, const float* row, const RowOutput& out, Block& block) {
+    int first = 0;
+    uint8_t* codes = out.codes;
+    for (int s = 0; s < task.segment_count; ++s) {
+        quantize_segment(task.segments[s], task.order, task.permutation, first, row, codes, out.scales + s,
+                         out.sums + s, block);
+        first += task.segments[s].channels;
+        codes += stored_bytes(task.segments[s].padded, task.order);
+    }
+}
+
 // `row` is shared memory that holds the token, where each_channel<TILED> has put it: row_floats of them. A thread has
 // VALUES results of a factor.
 template <int VALUES, bool TILED, class Block>
@@ -158,13 +171,18 @@ PLANISH_HD void quantize_row(const RowQuantization& task, float* row, const RowO
         if (task.factors.right) apply_factor<VALUES, false>(task.factors, row, block);
         if (task.factors.left) apply_factor<VALUES, true>(task.factors, row, block);
     }
-    int first = 0;
-    uint8_t* codes = out.codes;
-    for (int s = 0; s < task.segment_count; ++s) {
-        quantize_segment(task.segments[s], task.order, task.permutation, first, row, codes, out.scales + s,
-                         out.sums + s, block);
-        first += task.segments[s].channels;
-        codes += stored_bytes(task.segments[s].padded, task.order);
+    quantize_segments(task, row, out, block);
+}
+
+// The same of a few tokens, row_floats<true> apart, behind a map that has_blocks; `output_of(token)` says where to.
+template <class Block, class OutputOf>
+PLANISH_HD void quantize_rows(const RowQuantization& task, const TokenRows& rows, OutputOf output_of, Block& block) {
+    for (int token = 0; task.gain && token < rows.count; ++token) {
+        normalise_row<true>(task, rows.first + token * rows.floats, block);
+    }
+    apply_blocks(task.factors, rows, block);
+    for (int token = 0; token < rows.count; ++token) {
+        quantize_segments(task, rows.first + token * rows.floats, output_of(token), block);
     }
 }
 

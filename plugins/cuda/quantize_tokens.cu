@@ -1,7 +1,6 @@
-// The launcher of quantize_row.cuh: one block per token.
-//
-// Factors of a Kronecker product go to the tensor cores, all others to the CUDA cores. A thread holds 16 results of a
-// factor, or 4 where there are few tokens, when a GPU is nearly idle and more threads make a token's own time shorter.
+// The launchers of quantize_row.cuh. Kronecker products go to the tensor cores with one token to a block, block-diagonal
+// maps with a few, and what neither takes to the CUDA cores with one. A thread holds 16 results of a factor, or 4 where
+// there are few tokens, when a GPU is nearly idle and more threads make a token's own time shorter.
 
 #include "launch.cuh"
 
@@ -11,6 +10,8 @@ namespace {
 constexpr int kFewTokens = 32;
 // What a block may have without asking.
 constexpr size_t kFreeSharedBytes = 48 << 10;
+// What a kernel has besides the tokens: a word to a warp, and what CUDA keeps for itself.
+constexpr size_t kScratchBytes = (kMaxThreads / 32) * sizeof(int32_t) + (1 << 10);
 
 struct Io {
     const void* x;
@@ -27,28 +28,36 @@ __device__ __forceinline__ float to_float(T value) {
     return static_cast<float>(value);
 }
 
-// The token of a block, on its way from memory to codes.
+// Reads a token into shared memory.
+template <class T, bool TILED>
+__device__ __forceinline__ void read_token(const RowQuantization& task, const Io& io, int64_t token, float* row,
+                                           DeviceBlock& block) {
+    const int64_t first = token * task.channels;
+    const T* x = static_cast<const T*>(io.x) + first;
+    each_channel<TILED>(task, row, static_cast<int>(threadIdx.x), block.threads(), [&](int i, float& place) {
+        float value = to_float(x[i]);
+        if (io.residual) {
+            const T sum = static_cast<T>(value + to_float(static_cast<const T*>(io.residual)[first + i]));
+            if (io.sum) static_cast<T*>(io.sum)[first + i] = sum;
+            value = to_float(sum);
+        }
+        place = value;
+    });
+}
+
+__device__ __forceinline__ RowOutput output_of(const RowQuantization& task, const Io& io, int64_t token) {
+    return {io.codes + token * io.stride, io.scales + token * task.segment_count, io.sums + token * task.segment_count};
+}
+
 template <class T, int VALUES, bool TILED>
 __device__ __forceinline__ void quantize_token(const RowQuantization& task, const Io& io) {
     extern __shared__ float row[];
     __shared__ int32_t scratch[kMaxThreads / 32];
     DeviceBlock block(scratch);
-    const int64_t token = blockIdx.x, first = token * task.channels;
-    block.each([&](int thread) {
-        const T* x = static_cast<const T*>(io.x) + first;
-        each_channel<TILED>(task, row, thread, block.threads(), [&](int i, float& place) {
-            float value = to_float(x[i]);
-            if (io.residual) {
-                const T sum = static_cast<T>(value + to_float(static_cast<const T*>(io.residual)[first + i]));
-                if (io.sum) static_cast<T*>(io.sum)[first + i] = sum;
-                value = to_float(sum);
-            }
-            place = value;
-        });
-    });
-    const RowOutput out = {io.codes + token * io.stride, io.scales + token * task.segment_count,
-                           io.sums + token * task.segment_count};
-    quantize_row<VALUES, TILED>(task, row, out, block);
+    const int64_t token = blockIdx.x;
+    read_token<T, TILED>(task, io, token, row, block);
+    __syncthreads();
+    quantize_row<VALUES, TILED>(task, row, output_of(task, io, token), block);
 }
 
 template <class T, int VALUES>
@@ -63,6 +72,21 @@ __global__ void __launch_bounds__(kMaxThreads)
     quantize_token<T, VALUES, true>(task, io);
 }
 
+// A block has `tokens` of `count` tokens.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    quantize_blocks(const __grid_constant__ RowQuantization task, const __grid_constant__ Io io, int tokens,
+                    int64_t count) {
+    extern __shared__ float row[];
+    __shared__ int32_t scratch[kMaxThreads / 32];
+    DeviceBlock block(scratch);
+    const int64_t first = int64_t{blockIdx.x} * tokens, left = count - first;
+    const TokenRows rows = {row, row_floats<true>(task), left < tokens ? static_cast<int>(left) : tokens};
+    for (int i = 0; i < rows.count; ++i) read_token<T, true>(task, io, first + i, row + i * rows.floats, block);
+    __syncthreads();
+    quantize_rows(task, rows, [&](int i) { return output_of(task, io, first + i); }, block);
+}
+
 // Threads whose results, VALUES each, make up a row; 0 where the most threads are too few.
 template <int VALUES>
 int threads_for(const Factors& factors, int channels) {
@@ -73,13 +97,31 @@ int threads_for(const Factors& factors, int channels) {
     return 0;
 }
 
+template <class Kernel>
+void allow_shared(Kernel kernel, size_t bytes) {
+    if (bytes <= kFreeSharedBytes) return;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+// One token to a block where there are few, so that more of the GPU works; else as many as fit.
+template <class T>
+int launch_blocks(const RowQuantization& task, const Io& io, int64_t tokens, int threads, cudaStream_t stream) {
+    int room = 0;
+    if (const int status = read_shared_bytes(room)) return status;
+    const size_t bytes = row_floats<true>(task) * sizeof(float);
+    const auto most = static_cast<int>((room - kScratchBytes) / bytes);
+    const int together = tokens <= kFewTokens ? 1 : most < kMostTokensOfBlock ? most : kMostTokensOfBlock;
+    allow_shared(quantize_blocks<T>, together * bytes);
+    const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(tokens, together));
+    quantize_blocks<T><<<blocks, threads, together * bytes, stream>>>(task, io, together, tokens);
+    return launched("planish_quantize_tokens");
+}
+
 template <class T, int VALUES, bool TILED>
 int launch(const RowQuantization& task, const Io& io, int64_t tokens, int threads, cudaStream_t stream) {
     constexpr auto kernel = TILED ? quantize_tiles<T, VALUES> : quantize_cores<T, VALUES>;
     const size_t bytes = row_floats<TILED>(task) * sizeof(float);
-    if (bytes > kFreeSharedBytes) {
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    }
+    allow_shared(kernel, bytes);
     kernel<<<static_cast<unsigned>(tokens), threads, bytes, stream>>>(task, io);
     return launched("planish_quantize_tokens");
 }
@@ -92,6 +134,9 @@ int launch(const RowQuantization& task, const Io& io, int64_t tokens, cudaStream
     }
     if (const int threads = threads_of_tiles<4>(task.factors)) {
         return launch<T, 16, true>(task, io, tokens, threads, stream);
+    }
+    if (const int threads = threads_of_blocks(task.factors)) {
+        return launch_blocks<T>(task, io, tokens, threads, stream);
     }
     if (const int threads = few ? threads_for<4>(task.factors, task.channels) : 0) {
         return launch<T, 4, false>(task, io, tokens, threads, stream);

@@ -168,33 +168,58 @@ void weight_only(const WeightOnlyLinear& linear, int warps, int threads) {
     }
 }
 
-template <int VALUES, bool TILED>
-void quantize(const planish_quantize& task, const RowQuantization& row, int threads) {
+// Reads a token, as a block of threads does.
+template <bool TILED>
+void read_token(const planish_quantize& task, const RowQuantization& row, int64_t token, float* values,
+                HostBlock& block) {
     const auto read = [&](const void* from, int64_t at) {
         return task.type == PLANISH_FLOAT32 ? static_cast<const float*>(from)[at]
                                             : static_cast<float>(static_cast<const _Float16*>(from)[at]);
     };
-    for (int64_t token = 0; token < task.tokens; ++token) {
-        // What nobody writes is no number.
-        std::vector<float> values(static_cast<std::size_t>(row_floats<TILED>(row)), NAN);
-        HostBlock block(threads);
-        block.each([&](int thread) {
-            each_channel<TILED>(row, values.data(), thread, threads, [&](int i, float& place) {
-                const int64_t at = token * task.channels + i;
-                place = read(task.x, at);
-                if (!task.residual) return;
-                place += read(task.residual, at);
-                if (task.type != PLANISH_FLOAT32) place = static_cast<float>(static_cast<_Float16>(place));
-                if (task.sum && task.type == PLANISH_FLOAT32) static_cast<float*>(task.sum)[at] = place;
-                if (task.sum && task.type != PLANISH_FLOAT32) {
-                    static_cast<_Float16*>(task.sum)[at] = static_cast<_Float16>(place);
-                }
-            });
+    block.each([&](int thread) {
+        each_channel<TILED>(row, values, thread, block.threads(), [&](int i, float& place) {
+            const int64_t at = token * task.channels + i;
+            place = read(task.x, at);
+            if (!task.residual) return;
+            place += read(task.residual, at);
+            if (task.type != PLANISH_FLOAT32) place = static_cast<float>(static_cast<_Float16>(place));
+            if (task.sum && task.type == PLANISH_FLOAT32) static_cast<float*>(task.sum)[at] = place;
+            if (task.sum && task.type != PLANISH_FLOAT32) {
+                static_cast<_Float16*>(task.sum)[at] = static_cast<_Float16>(place);
+            }
         });
-        const int64_t at = token * task.segment_count;
-        const RowOutput out = {task.codes + token * task.stride, task.scales + at,
-                               reinterpret_cast<TokenSum*>(task.zero_sums) + at};
-        quantize_row<VALUES, TILED>(row, values.data(), out, block);
+    });
+}
+
+RowOutput output_of(const planish_quantize& task, int64_t token) {
+    const int64_t at = token * task.segment_count;
+    return {task.codes + token * task.stride, task.scales + at, reinterpret_cast<TokenSum*>(task.zero_sums) + at};
+}
+
+// Shared memory, in which what nobody writes is no number.
+std::vector<float> shared_floats(int64_t count) { return std::vector<float>(static_cast<std::size_t>(count), NAN); }
+
+template <int VALUES, bool TILED>
+void quantize(const planish_quantize& task, const RowQuantization& row, int threads) {
+    for (int64_t token = 0; token < task.tokens; ++token) {
+        auto values = shared_floats(row_floats<TILED>(row));
+        HostBlock block(threads);
+        read_token<TILED>(task, row, token, values.data(), block);
+        quantize_row<VALUES, TILED>(row, values.data(), output_of(task, token), block);
+    }
+}
+
+void quantize_blocks(const planish_quantize& task, const RowQuantization& row, int threads, int tokens) {
+    for (int64_t first = 0; first < task.tokens; first += tokens) {
+        const int64_t left = task.tokens - first;
+        const int floats = row_floats<true>(row);
+        auto values = shared_floats(int64_t{floats} * tokens);
+        HostBlock block(threads);
+        const TokenRows rows = {values.data(), floats, left < tokens ? static_cast<int>(left) : tokens};
+        for (int i = 0; i < rows.count; ++i) {
+            read_token<true>(task, row, first + i, values.data() + i * floats, block);
+        }
+        quantize_rows(row, rows, [&](int i) { return output_of(task, first + i); }, block);
     }
 }
 
@@ -213,6 +238,14 @@ int planish_emulate_quantize(const planish_quantize* task, int32_t values, int32
     } else {
         values == 4 ? quantize<4, false>(*task, row, threads) : quantize<16, false>(*task, row, threads);
     }
+    return PLANISH_OK;
+}
+
+// `tokens` to a block.
+int planish_emulate_quantize_blocks(const planish_quantize* task, int32_t threads, int32_t tokens) {
+    RowQuantization row = {};
+    if (const int status = read_quantize(*task, row)) return status;
+    quantize_blocks(*task, row, threads, tokens);
     return PLANISH_OK;
 }
 
@@ -252,6 +285,9 @@ int planish_best_order(int64_t, int32_t, int32_t* order) { return *order = PLANI
 int planish_quantize_tokens(const planish_quantize* task, void*) {
     RowQuantization row = {};
     if (const int status = read_quantize(*task, row)) return status;
+    if (const int threads = threads_of_blocks(row.factors)) {
+        return planish_emulate_quantize_blocks(task, threads, task->tokens > 32 ? kMostTokensOfBlock : 1);
+    }
     const int threads = threads_of_tiles<4>(row.factors);
     return planish_emulate_quantize(task, 16, threads ? threads : 1024, threads > 0);
 }

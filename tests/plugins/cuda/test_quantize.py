@@ -109,6 +109,26 @@ def test_tiled_transforms(form: str, tiles: int, m: int, k: int, warps_of_one: i
     assert_codes_fit(codes, found.scale[:, 0], transformed(normal, right, left), 8)
 
 
+@pytest.mark.parametrize(
+    ("m", "k", "warps"),
+    [(9, 64, 18), (9, 64, 4), (24, 24, 24), (1, 576, 18), (7, 96, 21), (16, 8, 5), (3, 328, 22)],
+    ids=lambda size: str(size),
+)
+@pytest.mark.parametrize("together", [1, 3, 8])
+def test_blocks_of_some_tokens(together: int, m: int, k: int, warps: int) -> None:
+    """Block-diagonal maps by tensor cores: more tokens than a block has, fewer, and as many; all matrices at once."""
+    rng = np.random.default_rng(m)
+    x = tokens(4, m * k)
+    right = rng.standard_normal((m, k, k)).astype(np.float32)
+    gain = rng.uniform(0.5, 2, m * k).astype(np.float32)
+    segments = [(m * k, padded(m * k), 8)]
+    found = quantize(x, segments, right=right, gain=gain, threads=32 * warps, together=together)
+    wide = x.astype(np.float64)
+    normal = wide / np.sqrt((wide**2).mean(1, keepdims=True)) * gain
+    codes = natural_order(found.codes)[:, : m * k]
+    assert_codes_fit(codes, found.scale[:, 0], transformed(normal, right, None), 8)
+
+
 def natural_order(stored: Array) -> Array:
     return stored.reshape(len(stored), -1, 2, 4).swapaxes(2, 3).reshape(len(stored), -1)
 

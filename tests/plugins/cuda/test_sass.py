@@ -24,7 +24,11 @@ EXPECTED = {
     "nibble_linear": {"large_nibbles": ("IMMA.16864.U4.U4", 255)},
     "wgmma_linear": {"large_wgmma": ("IGMMA.64x", 255)},
     "weight_only": {"weight_only": ("HMMA.16816.F32", 255)},
-    "quantize_tokens": {"quantize_cores": ("FFMA", 64), "quantize_tiles": ("HMMA.1688.F32.TF32", 64)},
+    "quantize_tokens": {
+        "quantize_cores": ("FFMA", 64),
+        "quantize_tiles": ("HMMA.1688.F32.TF32", 64),
+        "quantize_blocks": ("HMMA.1688.F32.TF32", 64),
+    },
     "append_kv": {"append_kv": ("SHFL", 128)},
     "attend_kv": {"attend_few": ("HMMA.16816.F32", 128), "attend_many": ("HMMA.16816.F32", 255)},
 }

@@ -1,0 +1,141 @@
+// A block-diagonal map, or one dense one, multiplied with a few rows in shared memory by tensor cores.
+//
+// Every run of k channels has a matrix of its own, so one token is one row of each tile: the rows of a tile are tokens.
+// What is dear here is the map itself. That of 4096 channels in blocks of 64 is 1 MB, which comes from L2 for every
+// block of threads; 2048 tokens one by one would read 2 GB of it, some 400 us on an H100, and eight at a time read
+// 256 MB. So a block of threads has as many tokens as its shared memory takes, up to eight; half of a tile's rows stay
+// empty, which costs less than a second reading of the map.
+//
+// Multiplied as in tiled_factors.cuh, three MMAs of tf32 to a product. A warp has four tiles side by side, for which it
+// splits the tokens once, and asks for the next step of the map before it multiplies this one.
+//
+// Rows are replaced where they lie: the results of some matrices are in registers before any is stored. They are stored
+// without the padding of their lines, which is where those lines, or lines before them, were.
+#pragma once
+
+#include "tiled_factors.cuh"
+
+namespace planish {
+
+constexpr int kMostTokensOfBlock = 8;
+constexpr int kColumnTiles = 4;
+
+// Warps that share a matrix.
+PLANISH_HD constexpr int warps_of_matrix(int k) { return ceil_div(k, kColumnTiles * kTileTokens); }
+
+// Threads of a block for maps of this kind; 0 for other factors, and where a matrix is too wide.
+PLANISH_HD constexpr int threads_of_blocks(const Factors& factors) {
+    const bool fits = factors.right && !factors.left && factors.right_count == factors.m &&
+                      factors.k % kFactorDepth == 0 && warps_of_matrix(factors.k) * kLanes <= kMaxThreads;
+    if (!fits) return 0;
+    const int together = warps_of_matrix(factors.k), most = kMaxThreads / kLanes / together, fewest = 4;
+    const int warps = (factors.m < most ? factors.m : most) * together;
+    return (warps > fewest ? warps : fewest) * kLanes;
+}
+
+// Some tokens in shared memory.
+struct TokenRows {
+    float* first;
+    int floats;  // from token to token
+    int count;
+};
+
+// A lane's elements of a step of a matrix, for each tile.
+struct MatrixStep {
+    float value[kColumnTiles][2];
+};
+
+// Zeros behind the last column.
+PLANISH_HD MatrixStep load_matrix(const float* matrix, int k, int step, int column, int lane) {
+    MatrixStep loaded;
+    PLANISH_UNROLL
+    for (int tile = 0; tile < kColumnTiles; ++tile) {
+        PLANISH_UNROLL
+        for (int reg = 0; reg < 2; ++reg) {
+            const Place at = b_place<1>(lane, reg, 0);
+            const int j = column + tile * kTileTokens + at.row;
+            loaded.value[tile][reg] = j < k ? matrix[(step * kFactorDepth + at.k) * k + j] : 0.0f;
+        }
+    }
+    return loaded;
+}
+
+// Adds to `sums` the products of line i of every token with a warp's columns of matrix i.
+template <class Warp>
+PLANISH_HD void multiply_matrix(TileSums<Warp, kColumnTiles>& sums, const Factors& factors, const TokenRows& rows,
+                                int i, int column) {
+    const int k = factors.k, steps = k / kFactorDepth;
+    const float* matrix = factors.right + static_cast<int64_t>(i) * k * k;
+    const float* line = rows.first + i * tiled_stride(k);
+    typename Warp::template PerLane<MatrixStep> ahead, now;
+    Warp::each([&](int lane) { ahead[lane] = load_matrix(matrix, k, 0, column, lane); });
+    PLANISH_ROLLED
+    for (int step = 0; step < steps; ++step) {
+        now = ahead;
+        if (step + 1 < steps) {
+            Warp::each([&](int lane) { ahead[lane] = load_matrix(matrix, k, step + 1, column, lane); });
+        }
+        typename Warp::template PerLane<FragmentA> x_large, x_small;
+        Warp::each([&](int lane) {
+            PLANISH_UNROLL
+            for (int reg = 0; reg < 4; ++reg) {
+                // Behind the last token, the last one: what comes of it is thrown away.
+                const Place at = a_place<1>(lane, reg, 0);
+                const int token = at.row < rows.count ? at.row : rows.count - 1;
+                const Parts parts = parts_of(line[token * rows.floats + step * kFactorDepth + at.k]);
+                x_large[lane].reg[reg] = parts.large;
+                x_small[lane].reg[reg] = parts.small;
+            }
+        });
+        PLANISH_UNROLL
+        for (int tile = 0; tile < kColumnTiles; ++tile) {
+            typename Warp::template PerLane<FragmentB> large, small;
+            Warp::each([&](int lane) {
+                PLANISH_UNROLL
+                for (int reg = 0; reg < 2; ++reg) {
+                    const Parts parts = parts_of(now[lane].value[tile][reg]);
+                    large[lane].reg[reg] = parts.large;
+                    small[lane].reg[reg] = parts.small;
+                }
+            });
+            Warp::mma_tf32(sums.tile[tile], x_small, large);
+            Warp::mma_tf32(sums.tile[tile], x_large, small);
+            Warp::mma_tf32(sums.tile[tile], x_large, large);
+        }
+    }
+}
+
+// Replaces every row, [m][tiled_stride(k)], by its product with the map, [m][k].
+template <class Block>
+PLANISH_HD void apply_blocks(const Factors& factors, const TokenRows& rows, Block& block) {
+    using Warp = typename Block::Warp;
+    const int k = factors.k, together = warps_of_matrix(k), at_once = block.threads() / kLanes / together;
+    for (int first = 0; first < factors.m; first += at_once) {
+        typename Block::template PerWarp<TileSums<Warp, kColumnTiles>> sums;
+        const auto matrix_of = [&](int warp) { return warp < at_once * together ? first + warp / together : factors.m; };
+        const auto column_of = [&](int warp) { return warp % together * kColumnTiles * kTileTokens; };
+        block.each_warp([&](int warp) {
+            sums[warp] = {};
+            if (matrix_of(warp) < factors.m) {
+                multiply_matrix<Warp>(sums[warp], factors, rows, matrix_of(warp), column_of(warp));
+            }
+        });
+        block.each_warp([&](int warp) {
+            if (matrix_of(warp) >= factors.m) return;
+            float* line = rows.first + matrix_of(warp) * k;
+            PLANISH_UNROLL
+            for (int tile = 0; tile < kColumnTiles; ++tile) {
+                Warp::each([&](int lane) {
+                    PLANISH_UNROLL
+                    for (int reg = 0; reg < 4; ++reg) {
+                        const int token = c_row(lane, reg);
+                        const int j = column_of(warp) + tile * kTileTokens + c_token(lane, reg);
+                        if (token < rows.count && j < k) line[token * rows.floats + j] = sums[warp].tile[tile][lane].reg[reg];
+                    }
+                });
+            }
+        });
+    }
+}
+
+}  // namespace planish

@@ -1,8 +1,9 @@
 // A block of threads, on the GPU or emulated: the counterpart of warp.cuh for kernels whose threads meet at barriers.
 //
 // `each` runs a lambda for every thread and then waits for all of them; what threads keep between two of them in
-// registers is a `PerThread`. `each_warp` and `PerWarp` are the same for warps (warp.cuh). `total` and `largest` give every thread the sum and the maximum over all of them. The
-// order in which floats are added depends on nothing but the number of threads, so results repeat bit by bit.
+// registers is a `PerThread`. `each_warp` and `PerWarp` are the same for warps (warp.cuh). `total` and `largest` give
+// every thread the sum and the maximum over all of them. The order in which floats are added depends on nothing but the
+// number of threads, so results repeat bit by bit.
 #pragma once
 
 #include <cmath>

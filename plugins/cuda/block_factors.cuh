@@ -1,13 +1,14 @@
 // A block-diagonal map, or one dense one, multiplied with a few rows in shared memory by tensor cores.
 //
-// Every run of k channels has a matrix of its own, so one token is one row of each tile: the rows of a tile are tokens.
-// What is dear here is the map itself. That of 4096 channels in blocks of 64 is 1 MB, which comes from L2 for every
-// block of threads; 2048 tokens one by one would read 2 GB of it, some 400 us on an H100, and eight at a time read
-// 256 MB. So a block of threads has as many tokens as its shared memory takes, up to eight; half of a tile's rows stay
-// empty, which costs less than a second reading of the map.
+// Every run of k channels has a matrix of its own, with which a tile multiplies that run of some tokens: its rows are
+// columns of the matrix, its columns the eight tokens of an MMA. What is dear here is the map itself. That of 4096
+// channels in blocks of 64 is 1 MB, which comes from L2 for every block of threads; 2048 tokens one by one would read 2
+// GB of it, some 400 us on an H100, and eight at a time read 256 MB. So a block of threads has as many tokens as its
+// shared memory takes, up to eight. One token alone takes as long as one multiprocessor reads the map, some 10 us for
+// that 1 MB: where tokens come one by one, a Kronecker pair of 32 KB suits a GPU better.
 //
-// Multiplied as in tiled_factors.cuh, three MMAs of tf32 to a product. A warp has four tiles side by side, for which it
-// splits the tokens once, and asks for the next step of the map before it multiplies this one.
+// Multiplied as in tiled_factors.cuh, three MMAs of tf32 to a product. A warp has two tiles, for which it splits the
+// tokens once, and asks for the next step of the map before it multiplies this one.
 //
 // Rows are replaced where they lie: the results of some matrices are in registers before any is stored. They are stored
 // without the padding of their lines, which is where those lines, or lines before them, were.
@@ -17,11 +18,12 @@
 
 namespace planish {
 
-constexpr int kMostTokensOfBlock = 8;
-constexpr int kColumnTiles = 4;
+constexpr int kMostTokensOfBlock = kTileTokens;
+constexpr int kColumnTiles = 2;
+constexpr int kWarpColumns = kColumnTiles * kTileRows;
 
 // Warps that share a matrix.
-PLANISH_HD constexpr int warps_of_matrix(int k) { return ceil_div(k, kColumnTiles * kTileTokens); }
+PLANISH_HD constexpr int warps_of_matrix(int k) { return ceil_div(k, kWarpColumns); }
 
 // Threads of a block for maps of this kind; 0 for other factors, and where a matrix is too wide.
 PLANISH_HD constexpr int threads_of_blocks(const Factors& factors) {
@@ -42,7 +44,7 @@ struct TokenRows {
 
 // A lane's elements of a step of a matrix, for each tile.
 struct MatrixStep {
-    float value[kColumnTiles][2];
+    float value[kColumnTiles][4];
 };
 
 // Zeros behind the last column.
@@ -51,9 +53,9 @@ PLANISH_HD MatrixStep load_matrix(const float* matrix, int k, int step, int colu
     PLANISH_UNROLL
     for (int tile = 0; tile < kColumnTiles; ++tile) {
         PLANISH_UNROLL
-        for (int reg = 0; reg < 2; ++reg) {
-            const Place at = b_place<1>(lane, reg, 0);
-            const int j = column + tile * kTileTokens + at.row;
+        for (int reg = 0; reg < 4; ++reg) {
+            const Place at = a_place<1>(lane, reg, 0);
+            const int j = column + tile * kTileRows + at.row;
             loaded.value[tile][reg] = j < k ? matrix[(step * kFactorDepth + at.k) * k + j] : 0.0f;
         }
     }
@@ -75,12 +77,12 @@ PLANISH_HD void multiply_matrix(TileSums<Warp, kColumnTiles>& sums, const Factor
         if (step + 1 < steps) {
             Warp::each([&](int lane) { ahead[lane] = load_matrix(matrix, k, step + 1, column, lane); });
         }
-        typename Warp::template PerLane<FragmentA> x_large, x_small;
+        typename Warp::template PerLane<FragmentB> x_large, x_small;
         Warp::each([&](int lane) {
             PLANISH_UNROLL
-            for (int reg = 0; reg < 4; ++reg) {
+            for (int reg = 0; reg < 2; ++reg) {
                 // Behind the last token, the last one: what comes of it is thrown away.
-                const Place at = a_place<1>(lane, reg, 0);
+                const Place at = b_place<1>(lane, reg, 0);
                 const int token = at.row < rows.count ? at.row : rows.count - 1;
                 const Parts parts = parts_of(line[token * rows.floats + step * kFactorDepth + at.k]);
                 x_large[lane].reg[reg] = parts.large;
@@ -89,18 +91,18 @@ PLANISH_HD void multiply_matrix(TileSums<Warp, kColumnTiles>& sums, const Factor
         });
         PLANISH_UNROLL
         for (int tile = 0; tile < kColumnTiles; ++tile) {
-            typename Warp::template PerLane<FragmentB> large, small;
+            typename Warp::template PerLane<FragmentA> large, small;
             Warp::each([&](int lane) {
                 PLANISH_UNROLL
-                for (int reg = 0; reg < 2; ++reg) {
+                for (int reg = 0; reg < 4; ++reg) {
                     const Parts parts = parts_of(now[lane].value[tile][reg]);
                     large[lane].reg[reg] = parts.large;
                     small[lane].reg[reg] = parts.small;
                 }
             });
-            Warp::mma_tf32(sums.tile[tile], x_small, large);
-            Warp::mma_tf32(sums.tile[tile], x_large, small);
-            Warp::mma_tf32(sums.tile[tile], x_large, large);
+            Warp::mma_tf32(sums.tile[tile], small, x_large);
+            Warp::mma_tf32(sums.tile[tile], large, x_small);
+            Warp::mma_tf32(sums.tile[tile], large, x_large);
         }
     }
 }
@@ -112,8 +114,10 @@ PLANISH_HD void apply_blocks(const Factors& factors, const TokenRows& rows, Bloc
     const int k = factors.k, together = warps_of_matrix(k), at_once = block.threads() / kLanes / together;
     for (int first = 0; first < factors.m; first += at_once) {
         typename Block::template PerWarp<TileSums<Warp, kColumnTiles>> sums;
-        const auto matrix_of = [&](int warp) { return warp < at_once * together ? first + warp / together : factors.m; };
-        const auto column_of = [&](int warp) { return warp % together * kColumnTiles * kTileTokens; };
+        const auto matrix_of = [&](int warp) {
+            return warp < at_once * together ? first + warp / together : factors.m;
+        };
+        const auto column_of = [&](int warp) { return warp % together * kWarpColumns; };
         block.each_warp([&](int warp) {
             sums[warp] = {};
             if (matrix_of(warp) < factors.m) {
@@ -128,9 +132,10 @@ PLANISH_HD void apply_blocks(const Factors& factors, const TokenRows& rows, Bloc
                 Warp::each([&](int lane) {
                     PLANISH_UNROLL
                     for (int reg = 0; reg < 4; ++reg) {
-                        const int token = c_row(lane, reg);
-                        const int j = column_of(warp) + tile * kTileTokens + c_token(lane, reg);
-                        if (token < rows.count && j < k) line[token * rows.floats + j] = sums[warp].tile[tile][lane].reg[reg];
+                        const int token = c_token(lane, reg);
+                        const int j = column_of(warp) + tile * kTileRows + c_row(lane, reg);
+                        if (token < rows.count && j < k)
+                            line[token * rows.floats + j] = sums[warp].tile[tile][lane].reg[reg];
                     }
                 });
             }

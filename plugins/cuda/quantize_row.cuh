@@ -1,4 +1,5 @@
-// A token on its way into a low-bit linear: residual addition, RMSNorm, transform, codes. One block has one row, or a few.
+// A token on its way into a low-bit linear: residual addition, RMSNorm, transform, codes. A block of threads has one of
+// them, or a few.
 //
 //     h = x + residual                        stored as the next residual, and read back as it was rounded
 //     u = h / sqrt(mean(h^2) + epsilon) * gain

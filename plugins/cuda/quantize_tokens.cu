@@ -1,6 +1,6 @@
-// The launchers of quantize_row.cuh. Kronecker products go to the tensor cores with one token to a block, block-diagonal
-// maps with a few, and what neither takes to the CUDA cores with one. A thread holds 16 results of a factor, or 4 where
-// there are few tokens, when a GPU is nearly idle and more threads make a token's own time shorter.
+// The launchers of quantize_row.cuh. Kronecker products go to the tensor cores with one token to a block,
+// block-diagonal maps with a few, and what neither takes to the CUDA cores with one. A thread holds 16 results of a
+// factor, or 4 where there are few tokens, when a GPU is nearly idle and more threads make a token's own time shorter.
 
 #include "launch.cuh"
 

@@ -1,9 +1,9 @@
 // Both factors of a Kronecker product, multiplied with one row in shared memory by tensor cores.
 //
 // The formulas are those of apply_factors.cuh. There every multiply-add takes a load from shared memory, and a row of
-// 4096 = 64 x 64 channels keeps a multiprocessor busy for some 16000 cycles: several times what it takes an H100 to copy
-// that row, and, when there is one token, what the whole GPU needs for the product behind. Here the same row is 512
-// pairs of tile and step, three MMAs each: some 2400 cycles.
+// 4096 = 64 x 64 channels keeps a multiprocessor busy for some 16000 cycles: several times what it takes an H100 to
+// copy that row, and, when there is one token, what the whole GPU needs for the product behind. Here the same row is
+// 512 pairs of tile and step, three MMAs each: some 2400 cycles.
 //
 // Precision: an MMA of tf32 reads ten bits behind the point. Every operand is split into the number cut to those bits
 // and what was cut off, cut likewise, and of the four products the smallest is left out: what is missing is less than
@@ -89,8 +89,8 @@ PLANISH_HD TilePlace place_of_tiles(int warp, int rows) {
     return {warp % below * TILES * kTileRows, warp / below * kTileTokens};
 }
 
-// A lane's elements of some steps of the factor. Few tiles to a warp go with few tokens, whose blocks find the factor in
-// L2 at the earliest: four steps on their way at once hide most of that.
+// A lane's elements of some steps of the factor. Few tiles to a warp go with few tokens, whose blocks find the factor
+// in L2 at the earliest: four steps on their way at once hide most of that.
 template <int TILES>
 struct FactorSteps {
     static constexpr int kSteps = TILES == 1 ? 4 : 1;

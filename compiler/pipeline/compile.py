@@ -19,7 +19,7 @@ from planish.compiler.export.portable import portable_model
 from planish.compiler.learn.device import clear_memory_errors, open_device
 from planish.compiler.learn.transforms.rotated import RotatedCheckpoint
 from planish.compiler.pipeline.estimate import Work, estimate, unasked_polish
-from planish.compiler.pipeline.flatten import Flattening, check_calibration, flatten
+from planish.compiler.pipeline.flatten import Flattening, FlattenSettings, check_calibration, flatten
 from planish.compiler.pipeline.high_impact import HighChannels, high_channels, high_impact_fingerprint, untransformed
 from planish.compiler.pipeline.plan import make_plan
 from planish.compiler.pipeline.recipe import Recipe
@@ -284,14 +284,16 @@ class _Compile:
             flattening = flatten(
                 base,
                 self.scheme,
-                policy,
-                self.calibration,
-                self.recipe.refine,
-                self._polish_epochs(),
+                FlattenSettings(
+                    policy,
+                    self.calibration,
+                    self.high,
+                    self.recipe.round,
+                    refine_epochs=self.recipe.refine,
+                    polish_epochs=self._polish_epochs(),
+                ),
                 self.work.flatten,
                 self.work.codes,
-                self.high,
-                self.recipe.round,
                 self.progress,
                 device,
             )

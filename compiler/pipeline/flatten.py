@@ -38,7 +38,7 @@ from planish.compiler.select.site_choice import HighChoice, SiteChoice, transfor
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, Site, Transforms
 
-__all__ = ["Flattening", "calibration_on_disk", "check_calibration", "flatten"]
+__all__ = ["FlattenSettings", "Flattening", "calibration_on_disk", "check_calibration", "flatten"]
 
 _TOKENS, _CODES, _HELD_OUT = "calibration.npy", "codes", "held_out.json"
 _FLOAT, _NEAREST = "float", "rounded to nearest"
@@ -80,17 +80,46 @@ def check_calibration(settings: CalibrationSettings) -> None:
     held_out_sequences(settings.nsamples)
 
 
+@dataclasses.dataclass(frozen=True)
+class FlattenSettings:
+    """What a compile asks of the stage.
+
+    Attributes:
+        policy: chooses the transforms.
+        calibration: the text, and the seed of everything.
+        high: the high-impact channels.
+        rounding: of the weights.
+        refine_epochs: of the transforms of each block.
+        polish_epochs: of the whole model.
+    """
+
+    policy: SelectionPolicy
+    calibration: CalibrationSettings
+    high: HighChannels
+    rounding: Rounding = "gptq"
+    refine_epochs: int = 0
+    polish_epochs: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What the steps of the stage share."""
+
+    checkpoint: Checkpoint
+    scheme: Scheme
+    tokens: npt.NDArray[np.int64]
+    seed: int
+    folder: Path
+    progress: Progress
+    device: torch.device
+
+
 def flatten(
     checkpoint: Checkpoint,
     scheme: Scheme,
-    policy: SelectionPolicy,
-    settings: CalibrationSettings,
-    refine_epochs: int,
-    polish_epochs: int,
+    settings: FlattenSettings,
     folder: Path,
     codes_folder: Path,
-    high: HighChannels,
-    rounding: Rounding,
     progress: Progress,
     device: torch.device,
 ) -> Flattening:
@@ -101,26 +130,28 @@ def flatten(
     channels are high is chosen before blocks are flattened, and which ones then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = calibration_on_disk(checkpoint, settings, folder, progress, device)
-    chosen = choose_forms(checkpoint, scheme, policy, tokens, folder, progress, settings.seed, device)
+    seed = settings.calibration.seed
+    tokens = calibration_on_disk(checkpoint, settings.calibration, folder, progress, device)
+    task = _Task(checkpoint, scheme, tokens, seed, folder, progress, device)
+    chosen = choose_forms(checkpoint, scheme, settings.policy, tokens, folder, progress, seed, device)
     forms = [each.forms for each in chosen]
     placed, choice = place_high_channels(
-        high, checkpoint, scheme, forms, tokens, folder, settings.seed, progress, device
+        settings.high, checkpoint, scheme, forms, tokens, folder, seed, progress, device
     )
     codes_folder.mkdir(exist_ok=True)
-    first_folder = folder / _CODES if polish_epochs else codes_folder
+    first_folder = folder / _CODES if settings.polish_epochs else codes_folder
     first_folder.mkdir(exist_ok=True)
-    unordered = CodesOnDisk(first_folder, checkpoint, scheme, unranked(placed, checkpoint.config).high)
+    refine_epochs = settings.refine_epochs
     transforms = flatten_checkpoint(
         checkpoint,
         scheme,
         forms,
         tokens,
         folder,
-        unordered,
-        seed=settings.seed,
-        steps=Steps(rounding=rounding),
-        refinement=Refinement(epochs=refine_epochs, seed=settings.seed) if refine_epochs else None,
+        CodesOnDisk(first_folder, checkpoint, scheme, unranked(placed, checkpoint.config).high),
+        seed=seed,
+        steps=Steps(rounding=settings.rounding),
+        refinement=Refinement(epochs=refine_epochs, seed=seed) if refine_epochs else None,
         high=placed,
         device=device,
         progress=lambda done, total: progress.step("flatten", done, total),
@@ -142,28 +173,16 @@ def flatten(
         for layer, each in enumerate(chosen)
         for site in SITES
     ]
-    entry = transforms_entry(choices, policy, checkpoint.config, checkpoint.fingerprint())
+    entry = transforms_entry(choices, settings.policy, checkpoint.config, checkpoint.fingerprint())
     if choice:
         entry["high_impact"] = choice
     if refine_epochs:
         entry["refinement"] = [each["refinement"] for each in measured]
     before = TransformedCheckpoint(checkpoint, transforms), rounded
-    divergence, cross_entropy = _held_out(checkpoint, scheme, tokens, folder, device)
+    divergence, cross_entropy = _held_out(task)
     progress.step("compare", 1, 1)
-    if polish_epochs:
-        transforms, entry["polish"] = _polish(
-            checkpoint,
-            scheme,
-            transforms,
-            rounded,
-            tokens,
-            polish_epochs,
-            settings.seed,
-            folder,
-            codes,
-            progress,
-            device,
-        )
+    if settings.polish_epochs:
+        transforms, entry["polish"] = _polish(task, transforms, rounded, settings.polish_epochs, codes)
         divergence["flattened and polished"] = min(
             each for each in entry["polish"]["held_out_divergence"] if each is not None
         )
@@ -181,21 +200,19 @@ def _high_choice(transforms: Transforms, layer: int, site: Site) -> HighChoice |
     return None if high is None else HighChoice.model_validate({"bits": high.bits, "count": high.count})
 
 
-def _held_out(
-    checkpoint: Checkpoint, scheme: Scheme, tokens: Any, folder: Path, device: torch.device
-) -> tuple[dict[str, float], dict[str, float]]:
+def _held_out(task: _Task) -> tuple[dict[str, float], dict[str, float]]:
     """Return KL(float || low-bit) per held-out token, and the cross entropy of the tokens, both in nats.
 
     They are of the flattened model and of one rounded to nearest, the cross entropy of the float model as well. They
-    are measured once and kept in `folder`.
+    are measured once and kept in the folder.
     """
-    path, held_out = folder / _HELD_OUT, held_out_sequences(len(tokens))
+    path, held_out = task.folder / _HELD_OUT, held_out_sequences(len(task.tokens))
     if not path.exists():
-        streams = StreamFiles(folder, held_out).open(checkpoint.config.num_hidden_layers)
-        head, ids = Head.of(checkpoint, device), tokens[-held_out:]
+        streams = StreamFiles(task.folder, held_out).open(task.checkpoint.config.num_hidden_layers)
+        head, ids = Head.of(task.checkpoint, task.device), task.tokens[-held_out:]
         outputs = {
             _FLOAT: streams.target[-held_out:],
-            _NEAREST: rounded_to_nearest_outputs(checkpoint, scheme, ids, device),
+            _NEAREST: rounded_to_nearest_outputs(task.checkpoint, task.scheme, ids, task.device),
             "flattened": streams.seen[-held_out:],
         }
         found = {
@@ -220,34 +237,24 @@ def _loss_to_nearest(divergence: Mapping[str, float]) -> str | None:
 
 
 def _polish(
-    checkpoint: Checkpoint,
-    scheme: Scheme,
-    transforms: Transforms,
-    rounded: CodesOnDisk,
-    tokens: Any,
-    epochs: int,
-    seed: int,
-    folder: Path,
-    codes: CodesOnDisk,
-    progress: Progress,
-    device: torch.device,
+    task: _Task, transforms: Transforms, rounded: CodesOnDisk, epochs: int, codes: CodesOnDisk
 ) -> tuple[Transforms, dict[str, Any]]:
     """Polish, write the codes with their new scales, and return the new transforms and what plan.json says of it."""
-    layers = checkpoint.config.num_hidden_layers
-    streams = StreamFiles(folder, held_out_sequences(len(tokens)), device).open(layers)
+    layers = task.checkpoint.config.num_hidden_layers
+    streams = StreamFiles(task.folder, held_out_sequences(len(task.tokens)), task.device).open(layers)
     polished = polish(
-        checkpoint,
-        scheme,
+        task.checkpoint,
+        task.scheme,
         transforms,
         rounded,
-        tokens,
+        task.tokens,
         streams.target,
         streams.held_out,
         epochs,
-        folder,
-        seed=seed,
-        device=device,
-        progress=lambda done, total: progress.step("polish", done, total),
+        task.folder,
+        seed=task.seed,
+        device=task.device,
+        progress=lambda done, total: task.progress.step("polish", done, total),
     )
     for layer in range(layers):
         part = f"model.layers.{layer}"

@@ -14,7 +14,7 @@ from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.errors import DeviceError
 from planish.compiler.learn.device import clear_memory_errors, device_kind, open_device
 from planish.compiler.learn.polish import low_bit_model
-from planish.compiler.pipeline.flatten import flatten
+from planish.compiler.pipeline.flatten import FlattenSettings, flatten
 from planish.compiler.pipeline.high_impact import HighChannels
 from planish.compiler.progress import Silent
 from planish.compiler.select.policy import SelectionPolicy
@@ -113,8 +113,8 @@ def made(folder: Path, variant: str, policy: str, dataset: str, device: torch.de
     (folder / "codes").mkdir()
     settings = CalibrationSettings(dataset=dataset, nsamples=5, seqlen=16)
     chosen = SelectionPolicy.parse(policy)
-    work, codes, none = folder / "work", folder / "codes", HighChannels(None, {})
-    done = flatten(checkpoint, SCHEME, chosen, settings, 1, 2, work, codes, none, "gptq", Silent(), device)
+    asked = FlattenSettings(chosen, settings, HighChannels(None, {}), refine_epochs=1, polish_epochs=2)
+    done = flatten(checkpoint, SCHEME, asked, folder / "work", folder / "codes", Silent(), device)
     sites = [layer[site] for layer in done.transforms.layers for site in SITES]
     parts = [part for each in sites for part in (each.scale, each.right, each.left) if part is not None]
     modules = [name.removesuffix(".weight") for name in checkpoint.names() if name.endswith("_proj.weight")]

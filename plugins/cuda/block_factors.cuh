@@ -7,7 +7,7 @@
 // shared memory takes, up to eight. One token alone takes as long as one multiprocessor reads the map, some 10 us for
 // that 1 MB: where tokens come one by one, a Kronecker pair of 32 KB suits a GPU better.
 //
-// Multiplied as in tiled_factors.cuh, three MMAs of tf32 to a product. A warp has two tiles, for which it splits the
+// Multiplied as in tiled_factors.cuh, three MMAs to a product. A warp has two tiles, for which it splits the
 // tokens once, and asks for the next step of the map before it multiplies this one.
 //
 // Rows are replaced where they lie: the results of some matrices are in registers before any is stored. They are stored
@@ -77,32 +77,20 @@ PLANISH_HD void multiply_matrix(TileSums<Warp, kColumnTiles>& sums, const Factor
         if (step + 1 < steps) {
             Warp::each([&](int lane) { ahead[lane] = load_matrix(matrix, k, step + 1, column, lane); });
         }
-        typename Warp::template PerLane<FragmentB> x_large, x_small;
+        SplitOperand<Warp, FragmentB> b;
         Warp::each([&](int lane) {
-            PLANISH_UNROLL
-            for (int reg = 0; reg < 2; ++reg) {
+            split(b, lane, [&](int reg) {
                 // Behind the last token, the last one: what comes of it is thrown away.
                 const Place at = b_place<1>(lane, reg, 0);
                 const int token = at.row < rows.count ? at.row : rows.count - 1;
-                const Parts parts = parts_of(line[token * rows.floats + step * kFactorDepth + at.k]);
-                x_large[lane].reg[reg] = parts.large;
-                x_small[lane].reg[reg] = parts.small;
-            }
+                return line[token * rows.floats + step * kFactorDepth + at.k];
+            });
         });
         PLANISH_UNROLL
         for (int tile = 0; tile < kColumnTiles; ++tile) {
-            typename Warp::template PerLane<FragmentA> large, small;
-            Warp::each([&](int lane) {
-                PLANISH_UNROLL
-                for (int reg = 0; reg < 4; ++reg) {
-                    const Parts parts = parts_of(now[lane].value[tile][reg]);
-                    large[lane].reg[reg] = parts.large;
-                    small[lane].reg[reg] = parts.small;
-                }
-            });
-            Warp::mma_tf32(sums.tile[tile], small, x_large);
-            Warp::mma_tf32(sums.tile[tile], large, x_small);
-            Warp::mma_tf32(sums.tile[tile], large, x_large);
+            SplitOperand<Warp, FragmentA> a;
+            Warp::each([&](int lane) { split(a, lane, [&](int reg) { return now[lane].value[tile][reg]; }); });
+            add_products<Warp>(sums.tile[tile], a, b);
         }
     }
 }

@@ -3,12 +3,7 @@
 // The formulas are those of apply_factors.cuh. There every multiply-add takes a load from shared memory, and a row of
 // 4096 = 64 x 64 channels keeps a multiprocessor busy for some 16000 cycles: several times what it takes an H100 to
 // copy that row, and, when there is one token, what the whole GPU needs for the product behind. Here the same row is
-// 512 pairs of tile and step, three MMAs each: some 2400 cycles.
-//
-// Precision: an MMA of tf32 reads ten bits behind the point. Every operand is split into the number cut to those bits
-// and what was cut off, cut likewise, and of the four products the smallest is left out: what is missing is less than
-// 2^-18 of a product. Both parts have the range of a float32, so no factor is too large; float16, which would be twice
-// as fast, would need scales.
+// 512 pairs of tile and step, three MMAs each (split_floats.cuh): some 2400 cycles.
 //
 // Y = X R has the rows of X for rows of its tiles. Y = L^T X is (X^T L)^T: the same product of a transposed row, so the
 // first product stores its results transposed, and one routine serves both.
@@ -20,6 +15,7 @@
 
 #include "apply_factors.cuh"
 #include "block.cuh"
+#include "split_floats.cuh"
 
 namespace planish {
 
@@ -57,18 +53,6 @@ template <int TILES>
 PLANISH_HD constexpr int threads_of_tiles(const Factors& factors) {
     const int warps = warps_of_tiles<TILES>(factors), fewest = 4;
     return has_tiles(factors) && warps * kLanes <= kMaxThreads ? (warps > fewest ? warps : fewest) * kLanes : 0;
-}
-
-// A number as the sum of two that tf32 holds, as bits.
-struct Parts {
-    uint32_t large;
-    uint32_t small;
-};
-
-PLANISH_HD Parts parts_of(float value) {
-    constexpr uint32_t kKept = 0xFFFFE000u;
-    const uint32_t large = bits_of(value) & kKept;
-    return {large, bits_of(value - float_of_bits(large)) & kKept};
 }
 
 // The sums of a warp's tiles, below each other.
@@ -159,31 +143,17 @@ PLANISH_HD void multiply_tiles(TileSums<Warp, TILES>& sums, const float* x, int 
         for (int s = 0; s < kAtOnce; ++s) {
             if (first + s >= steps) break;
             const float* column = x + (first + s) * kFactorDepth;
-            typename Warp::template PerLane<FragmentB> large, small;
-            Warp::each([&](int lane) {
-                PLANISH_UNROLL
-                for (int reg = 0; reg < 2; ++reg) {
-                    const Parts parts = parts_of(now[lane].value[s][reg]);
-                    large[lane].reg[reg] = parts.large;
-                    small[lane].reg[reg] = parts.small;
-                }
-            });
+            SplitOperand<Warp, FragmentB> b;
+            Warp::each([&](int lane) { split(b, lane, [&](int reg) { return now[lane].value[s][reg]; }); });
             PLANISH_UNROLL
             for (int tile = 0; tile < TILES; ++tile) {
                 if (place.row + tile * kTileRows >= rows) break;
-                typename Warp::template PerLane<FragmentA> x_large, x_small;
+                SplitOperand<Warp, FragmentA> a;
                 Warp::each([&](int lane) {
-                    PLANISH_UNROLL
-                    for (int reg = 0; reg < 4; ++reg) {
-                        // Registers 2 and 3 are four columns behind 0 and 1.
-                        const Parts parts = parts_of(column[places[lane].line[tile][reg % 2] + reg / 2 * 4]);
-                        x_large[lane].reg[reg] = parts.large;
-                        x_small[lane].reg[reg] = parts.small;
-                    }
+                    // Registers 2 and 3 are four columns behind 0 and 1.
+                    split(a, lane, [&](int reg) { return column[places[lane].line[tile][reg % 2] + reg / 2 * 4]; });
                 });
-                Warp::mma_tf32(sums.tile[tile], x_small, large);
-                Warp::mma_tf32(sums.tile[tile], x_large, small);
-                Warp::mma_tf32(sums.tile[tile], x_large, large);
+                add_products<Warp>(sums.tile[tile], a, b);
             }
         }
     }

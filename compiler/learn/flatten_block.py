@@ -6,7 +6,7 @@ from typing import Any
 
 from planish.compiler.learn.before_after import BeforeAfter, compare_block
 from planish.compiler.learn.block import SITE_MODULES, Angles, Block
-from planish.compiler.learn.gradient.refine import Refinement, refine_block
+from planish.compiler.learn.gradient.refine import Refinement, refine
 from planish.compiler.learn.low_bit import LowBitHooks
 from planish.compiler.learn.rounding.clips import kv_clips
 from planish.compiler.learn.rounding.segments import select_rows
@@ -78,7 +78,7 @@ def flatten_block(
     factors, scales = fit_factors(block, streams, outputs, angles, scheme, forms, seed)
     refined = None
     if refinement is not None and refinement.epochs:
-        refined = refine_block(block, factors, streams, outputs, scheme, refinement)
+        refined = refine(block, factors, streams, outputs, scheme, refinement)
         factors = refined.factors
     folded = fold_block(block, factors)
     hooks = LowBitHooks(folded, factors, scheme)

@@ -28,7 +28,7 @@ from planish.compiler.select.forms import forms_of_groups
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import Site
 
-__all__ = ["Descent", "Inputs", "Refined", "Refinement", "refine", "refine_block"]
+__all__ = ["Descent", "Inputs", "Refined", "Refinement", "refine"]
 
 Inputs = Literal["float", "seen", "mixed"]
 
@@ -80,28 +80,15 @@ class Refined:
     evidence: dict[str, Any]
 
 
-def refine_block(
-    block: Block,
-    factors: Mapping[Site, Factors],
-    streams: Streams,
-    outputs: Sequences,
-    scheme: Scheme,
-    settings: Refinement,
-    progress: Progress | None = None,
-) -> Refined:
-    """Refine `factors` from the clips that `starting_clips` finds; see `refine`."""
-    clips = starting_clips(block, factors, streams, outputs, scheme)
-    return refine(block, factors, clips, streams, outputs, scheme, settings, progress)
-
-
 def refine(
     block: Block,
     factors: Mapping[Site, Factors],
-    clips: Mapping[Site, float],
     streams: Streams,
     outputs: Sequences,
     scheme: Scheme,
     settings: Refinement,
+    *,
+    clips: Mapping[Site, float] | None = None,
     progress: Progress | None = None,
 ) -> Refined:
     """Return the best transforms and clips met on the way, the start among them, by the loss on held-out sequences.
@@ -114,14 +101,16 @@ def refine(
     Args:
         block: the float block.
         factors: to start from, of all sites.
-        clips: to start from, of all sites; 1 where one is not named.
         streams: its inputs.
         outputs: of the float block on the target stream, float32 [sequences, seq, hidden].
         scheme: to learn for.
         settings: how.
+        clips: to start from; 1 where a site is not named. None are those that `starting_clips` finds.
         progress: told about every epoch.
     """
     angles = Angles.of(block.config, streams.target.shape[1], streams.target.device)
+    if clips is None:
+        clips = starting_clips(block, factors, streams, outputs, scheme)
     with fast_products():
         task = _Task(block, streams, {"float": outputs, "seen": _Outputs(block, streams.seen, angles)}, angles, scheme)
         start = _usable_start(task, dict(factors), dict(clips), settings.seed)

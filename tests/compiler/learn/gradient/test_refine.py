@@ -10,7 +10,7 @@ from torch import Tensor
 from planish.compiler.learn.block import Angles, Block, FloatHooks, run_block
 from planish.compiler.learn.gradient import refine as module
 from planish.compiler.learn.gradient.block_loss import conditioning, held_out_loss, residual_loss, rounded_to_nearest
-from planish.compiler.learn.gradient.refine import Descent, Refined, Refinement, refine, refine_block
+from planish.compiler.learn.gradient.refine import Descent, Refined, Refinement, refine
 from planish.compiler.learn.gradient.trainable import Trainable
 from planish.compiler.learn.streams import Streams
 from planish.compiler.learn.transforms.factors import Factors
@@ -32,7 +32,7 @@ class Setting:
 
     def refined(self, settings: Refinement, factors: dict[Site, Factors] | None = None) -> Refined:
         start = factors or self.factors
-        return refine(self.block, start, CLIPS, self.streams, self.outputs, SCHEME, settings)
+        return refine(self.block, start, self.streams, self.outputs, SCHEME, settings, clips=CLIPS)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_repeats_itself_and_tells_progress(setting: Setting) -> None:
             told.append((stage, done, total))
 
     given = (setting.block, setting.factors, setting.streams, setting.outputs, SCHEME, Refinement(epochs=2))
-    first, second = (refine_block(*given, progress=Telling()) for _ in range(2))
+    first, second = (refine(*given, progress=Telling()) for _ in range(2))
     assert same(first.factors, second.factors)
     assert first.evidence == second.evidence
     assert told == [("refine", 1, 2), ("refine", 2, 2)] * 2

@@ -7,8 +7,8 @@
 // shared memory takes, up to eight. One token alone takes as long as one multiprocessor reads the map, some 10 us for
 // that 1 MB: where tokens come one by one, a Kronecker pair of 32 KB suits a GPU better.
 //
-// Multiplied as in tiled_factors.cuh, three MMAs to a product. A warp has two tiles, for which it splits the
-// tokens once, and asks for the next step of the map before it multiplies this one.
+// Multiplied as in tiled_factors.cuh, three MMAs to a product. A warp has two tiles, for which it splits the tokens
+// once, and asks for the next step of the map before it multiplies this one.
 //
 // Rows are replaced where they lie: the results of some matrices are in registers before any is stored. They are stored
 // without the padding of their lines, which is where those lines, or lines before them, were.
@@ -35,10 +35,14 @@ PLANISH_HD constexpr int threads_of_blocks(const Factors& factors) {
     return (warps > fewest ? warps : fewest) * kLanes;
 }
 
+// Floats from one token to the next: a multiple of four and none of eight, so that the eight tokens and four channels
+// that the lanes of a warp load at once are in 32 banks.
+PLANISH_HD constexpr int floats_of_token(const Factors& factors) { return tiled_floats(factors) | 4; }
+
 // Some tokens in shared memory.
 struct TokenRows {
     float* first;
-    int floats;  // from token to token
+    int floats;  // floats_of_token
     int count;
 };
 

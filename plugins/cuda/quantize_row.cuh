@@ -175,7 +175,7 @@ PLANISH_HD void quantize_row(const RowQuantization& task, float* row, const RowO
     quantize_segments(task, row, out, block);
 }
 
-// The same of a few tokens, row_floats<true> apart, behind a map that has_blocks; `output_of(token)` says where to.
+// The same of a few tokens, for factors that threads_of_blocks knows; `output_of(token)` says where to.
 template <class Block, class OutputOf>
 PLANISH_HD void quantize_rows(const RowQuantization& task, const TokenRows& rows, OutputOf output_of, Block& block) {
     for (int token = 0; task.gain && token < rows.count; ++token) {

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     __shared__ int32_t scratch[kMaxThreads / 32];
     DeviceBlock block(scratch);
     const int64_t first = int64_t{blockIdx.x} * tokens, left = count - first;
-    const TokenRows rows = {row, row_floats<true>(task), left < tokens ? static_cast<int>(left) : tokens};
+    const TokenRows rows = {row, floats_of_token(task.factors), left < tokens ? static_cast<int>(left) : tokens};
     for (int i = 0; i < rows.count; ++i) read_token<T, true>(task, io, first + i, row + i * rows.floats, block);
     __syncthreads();
     quantize_rows(task, rows, [&](int i) { return output_of(task, io, first + i); }, block);
@@ -108,7 +108,7 @@ template <class T>
 int launch_blocks(const RowQuantization& task, const Io& io, int64_t tokens, int threads, cudaStream_t stream) {
     int room = 0;
     if (const int status = read_shared_bytes(room)) return status;
-    const size_t bytes = row_floats<true>(task) * sizeof(float);
+    const size_t bytes = floats_of_token(task.factors) * sizeof(float);
     const auto most = static_cast<int>((room - kScratchBytes) / bytes);
     const int together = tokens <= kFewTokens ? 1 : most < kMostTokensOfBlock ? most : kMostTokensOfBlock;
     allow_shared(quantize_blocks<T>, together * bytes);

@@ -212,7 +212,7 @@ void quantize(const planish_quantize& task, const RowQuantization& row, int thre
 void quantize_blocks(const planish_quantize& task, const RowQuantization& row, int threads, int tokens) {
     for (int64_t first = 0; first < task.tokens; first += tokens) {
         const int64_t left = task.tokens - first;
-        const int floats = row_floats<true>(row);
+        const int floats = floats_of_token(row.factors);
         auto values = shared_floats(int64_t{floats} * tokens);
         HostBlock block(threads);
         const TokenRows rows = {values.data(), floats, left < tokens ? static_cast<int>(left) : tokens};

@@ -47,7 +47,7 @@ def expected(*segments: Segment) -> Array:
 
 
 def test_maps_of_tiles(tmp_path: Path) -> None:
-    """12,000 random tiles through words, unpacking and both MMAs; see tiles_test.cpp."""
+    """12,000 random tiles through words, unpacking and both MMAs; banks of shared memory; see tiles_test.cpp."""
     program = tmp_path / "tiles"
     command = [find_compiler(), "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}"]
     subprocess.run([*command, str(FOLDER / "tiles_test.cpp"), "-o", str(program)], check=True)

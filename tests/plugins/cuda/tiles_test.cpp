@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "block_factors.cuh"
 #include "product.cuh"
 #include "repack.cuh"
 
@@ -170,6 +171,24 @@ void tile_by_mainloops(bool extreme) {
     }
 }
 
+// The lanes of a warp load a line each, or a token each, and a column, for operand A or B of an MMA of tf32: each lane
+// from another of the 32 banks of shared memory.
+void floats_of_an_mma_are_in_different_banks() {
+    for (int m = 1; m <= 128; ++m) {
+        for (int k = 8; k <= 1024; k += m % 8 ? 8 : 1) {
+            const Factors factors = {nullptr, nullptr, m, m, k};
+            std::set<int> lines, tokens;
+            for (int lane = 0; lane < kLanes; ++lane) {
+                const Place a = a_place<1>(lane, 0, 0), b = b_place<1>(lane, 0, 0);
+                lines.insert((a.row * tiled_stride(k) + a.k) % 32);
+                tokens.insert((b.row * floats_of_token(factors) + b.k) % 32);
+            }
+            expect(lines.size() == kLanes, "lines in the same bank", k);
+            expect(tokens.size() == kLanes, "tokens in the same bank", k);
+        }
+    }
+}
+
 template <int BITS>
 void all(int trials) {
     words_give_back_nibbles<BITS>();
@@ -185,6 +204,7 @@ void all(int trials) {
 int main() {
     every_code_has_one_owner();
     stored_order_of_8_bit_codes();
+    floats_of_an_mma_are_in_different_banks();
     constexpr int kTrials = 4000;
     all<2>(kTrials);
     all<3>(kTrials);

@@ -26,7 +26,6 @@ from rich.table import Table
 
 from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
-from planish.compiler.learn.block import MODULES
 from planish.compiler.learn.flattening import flatten_checkpoint, held_out_sequences
 from planish.compiler.learn.polish.low_bit_model import LowBitModel
 from planish.compiler.learn.polish.polish import polish
@@ -170,8 +169,7 @@ class Setting:
                 work,
                 progress=lambda done, total: self._progress.step("polish", done, total),
             )
-            for part in (f"model.layers.{layer}" for layer in range(layers)):
-                scaled.keep_scaled(part, [f"{part}.{module}" for module in MODULES], rounded, polished.row_scales)
+            scaled.keep_scaled(rounded, polished.row_scales)
             found["polished"] = self._perplexity(row.scheme, polished.transforms, scaled)
         shutil.rmtree(work)
         return found

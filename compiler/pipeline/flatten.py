@@ -15,7 +15,6 @@ from planish.compiler.calibrate.settings import CalibrationSettings
 from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.files import write_json
-from planish.compiler.learn.block import MODULES
 from planish.compiler.learn.flattening import flatten_checkpoint, held_out_sequences, read_evidence
 from planish.compiler.learn.gradient.refine import Refinement
 from planish.compiler.learn.polish.next_token import Head, rounded_to_nearest_outputs
@@ -256,9 +255,7 @@ def _polish(
         device=task.device,
         progress=lambda done, total: task.progress.step("polish", done, total),
     )
-    for layer in range(layers):
-        part = f"model.layers.{layer}"
-        codes.keep_scaled(part, [f"{part}.{module}" for module in MODULES], rounded, polished.row_scales)
+    codes.keep_scaled(rounded, polished.row_scales)
     return polished.transforms, {
         "epochs": epochs,
         # Of an epoch that diverged there is none; JSON has no infinity.

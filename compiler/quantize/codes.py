@@ -5,6 +5,7 @@ channels of a module are high-impact ones, the file holds a weight for each segm
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -108,15 +109,14 @@ class CodesOnDisk:
         save_file(tensors, unfinished)
         unfinished.rename(path)
 
-    def keep_scaled(self, part: str, modules: list[str], rounded: "CodesOnDisk", factors: Mapping[str, Tensor]) -> None:
-        """Write the codes of `modules` as `rounded` has them, with scales of rows times `factors`, [out] by segment."""
-        scaled = {}
-        for module in modules:
-            for segment in rounded.segments(module):
-                name = segment.of(module)
+    def keep_scaled(self, rounded: "CodesOnDisk", factors: Mapping[str, Tensor]) -> None:
+        """Write codes as `rounded` has them, with scales of rows times `factors`, [out] by module or segment."""
+        for part, names in itertools.groupby(sorted(factors), _part_of):
+            scaled = {}
+            for name in names:
                 weight = rounded.quantized(name)
                 scaled[name] = dataclasses.replace(weight, scale=weight.scale * factors[name])
-        self.keep(part, scaled)
+            self.keep(part, scaled)
 
     def share(self, part: str, other: "CodesOnDisk") -> None:
         """Take over the file of `part` from `other`, on the same disk, without a copy."""

@@ -4,7 +4,6 @@ import concurrent.futures
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,7 +89,7 @@ def url(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def run(url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
-    client = load(Path(EXAMPLES) / "triton" / "client.py")
+    client = load(EXAMPLES / "triton" / "client.py")
     monkeypatch.setattr(sys, "argv", ["client.py", *arguments, "--url", url])
     client.main()
     return capsys.readouterr().out

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
-from planish.compiler.quantize.arithmetic import quantize_weight
-from planish.compiler.quantize.codes import module_groups, quantize_checkpoint
+from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_weight
+from planish.compiler.quantize.codes import CodesOnDisk, module_groups, quantize_checkpoint
 from planish.passes.scheme import Scheme
 from tests.tiny import write_tiny
 
@@ -136,3 +136,18 @@ def test_a_file_cut_while_writing_is_written_again(checkpoint: Checkpoint, tmp_p
     codes = quantize_checkpoint(checkpoint, Scheme.parse("w4a8"), tmp_path)
     assert codes.read("model.layers.0.mlp.up_proj").packed.shape == (160, 32)
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_scaled_codes_are_the_same_codes_at_other_scales(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    scheme = Scheme.parse("w3a3k3v3", "w16a16")
+    rounded = quantize_checkpoint(checkpoint, scheme, tmp_path / "rounded")
+    (tmp_path / "scaled").mkdir()
+    scaled = CodesOnDisk(tmp_path / "scaled", checkpoint, scheme)
+    generator = torch.Generator().manual_seed(0)
+    modules = [name for names in module_groups(checkpoint, scheme).values() for name in names]
+    factors = {name: torch.rand(rounded.out_features(name), generator=generator) + 0.5 for name in modules}
+    scaled.keep_scaled(rounded, factors)
+    for name in modules:
+        before, after = rounded.quantized(name), scaled.quantized(name)
+        assert torch.equal(after.codes, before.codes)
+        torch.testing.assert_close(dequantize_weight(after), dequantize_weight(before) * factors[name][:, None])

@@ -9,7 +9,7 @@ from planish.passes.merge_linears import linear_modules
 from planish.passes.transforms import SITE_MODULES, Site, Transform, Transforms
 from planish.plugins.errors import PlanishError
 
-__all__ = ["Blocks", "GraphError", "Linear", "expect_width", "initializer_of", "of_query_heads"]
+__all__ = ["Blocks", "GraphError", "Linear", "expect_readers", "expect_width", "initializer_of", "of_query_heads"]
 
 #: The sites that are the input of linears -> the node of the block that makes their value.
 _MAKERS: dict[Site, str] = {
@@ -152,6 +152,22 @@ class Blocks:
         if len(transforms.layers) != self.layers:
             raise GraphError(
                 f"There are transforms for {len(transforms.layers)} blocks, and the graph has {self.layers}."
+            )
+
+
+def expect_readers(norm: ir.Node, expected: set[ir.Node]) -> None:
+    """Check that nothing but `expected` reads a norm, looking through the Slice that keeps the last positions.
+
+    Raises:
+        GraphError: if something else does.
+    """
+    for use in norm.outputs[0].uses():
+        if use.node.op_type == "Slice":
+            expect_readers(use.node, expected)
+        elif use.node not in expected:
+            raise GraphError(
+                f"'{use.node.name}' reads '{norm.name}', and what is folded into a norm can be undone only in the "
+                "linears behind it."
             )
 
 

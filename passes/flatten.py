@@ -3,6 +3,7 @@
 import onnx_ir as ir
 
 from planish.passes.fold_channel_scale import FoldChannelScalePass
+from planish.passes.fold_head_scale import FoldHeadScalePass
 from planish.passes.fold_norm_gain import FoldNormGainPass
 from planish.passes.fold_residual_rotation import FoldResidualRotationPass
 from planish.passes.fold_transform_into_weights import FoldTransformIntoWeightsPass
@@ -21,11 +22,15 @@ def flatten_passes(transforms: Transforms) -> list[ir.passes.PassBase]:
     Merging and quantising come after them. Channel scales are folded into the norm gains after the residual rotation
     has made those ones, and in front of the online transforms, as x -> (x * scale) P says.
     """
-    residual: list[ir.passes.PassBase] = []
+    stream: list[ir.passes.PassBase] = []
+    if transforms.residual is not None or transforms.head is not None:
+        stream.append(UntieEmbeddingsPass())
     if transforms.residual is not None:
-        residual = [UntieEmbeddingsPass(), FoldNormGainPass(), FoldResidualRotationPass(transforms.residual)]
+        stream += [FoldNormGainPass(), FoldResidualRotationPass(transforms.residual)]
+    if transforms.head is not None:
+        stream.append(FoldHeadScalePass(transforms.head))
     return [
-        *residual,
+        *stream,
         FoldValueMapPass(transforms),
         FoldChannelScalePass(transforms),
         InsertOnlineTransformPass(transforms),

@@ -34,24 +34,28 @@ from tests.tiny import VARIANTS, write_tiny
 
 
 @pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_stay(variant: str, residual: bool, tmp_path: Path) -> None:
-    transforms = random_transforms(config_of(variant), residual=residual)
+def test_logits_stay(variant: str, head: bool, residual: bool, tmp_path: Path) -> None:
+    transforms = random_transforms(config_of(variant), residual=residual, head=head)
     passes = flatten_passes(transforms)
-    if residual and variant != "tied":
+    if (residual or head) and variant != "tied":
         passes = passes[1:]  # nothing to untie
     assert_same_logits(variant, passes, tmp_path)
 
 
 def test_order() -> None:
-    def names(residual: bool) -> list[str]:
-        return [type(each).__name__ for each in flatten_passes(random_transforms(config_of("gqa"), residual=residual))]
+    def names(residual: bool, head: bool = False) -> list[str]:
+        transforms = random_transforms(config_of("gqa"), residual=residual, head=head)
+        return [type(each).__name__ for each in flatten_passes(transforms)]
 
     local = ["FoldValueMap", "FoldChannelScale", "InsertOnlineTransform", "FoldTransformIntoWeights", "InsertKeyMap"]
     assert names(False) == [f"{name}Pass" for name in local]
     assert names(True) == [
         f"{name}Pass" for name in ("UntieEmbeddings", "FoldNormGain", "FoldResidualRotation", *local)
     ]
+    assert names(False, head=True) == [f"{name}Pass" for name in ("UntieEmbeddings", "FoldHeadScale", *local)]
+    assert names(True, head=True)[2:4] == ["FoldResidualRotationPass", "FoldHeadScalePass"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -73,7 +77,7 @@ def test_nothing_is_read_and_weights_keep_their_names(tmp_path: Path, monkeypatc
     reads: list[str] = []
     read = checkpoint._read
     monkeypatch.setattr(checkpoint, "_read", lambda name: reads.append(name) or read(name))  # type: ignore[func-returns-value]
-    run_passes(model, flatten_passes(random_transforms(checkpoint.config, residual=True)))
+    run_passes(model, flatten_passes(random_transforms(checkpoint.config, residual=True, head=True)))
     # Gains are looked at, to see whether they are one; matrices are not.
     assert not [name for name in reads if "norm" not in name]
     reads.clear()
@@ -111,7 +115,7 @@ class FoldedCodes:
 
 def quantized(variant: str) -> tuple[ir.Model, ir.Model]:
     """Return the float graph of a variant, and the flattened one in eight bits, with clips."""
-    transforms = random_transforms(config_of(variant), residual=True)
+    transforms = random_transforms(config_of(variant), residual=True, head=True)
     model, scheme = run_passes(graph_of(variant), flatten_passes(transforms)), Scheme.parse("w8a8k8v8")
     quantize = QuantizeLinearsPass(scheme, FoldedCodes(model, scheme), transforms.clip)
     passes = [MergeLinearsPass(), quantize, QuantizeKvCachePass(scheme), common.RemoveUnusedNodesPass()]

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from planish.passes.blocks import Blocks, GraphError
+from planish.passes.blocks import Blocks, expect_readers
 from planish.passes.folding import Map, fold
 from planish.passes.transforms import Site
 
@@ -29,29 +29,15 @@ class FoldNormGainPass(ir.passes.InPlacePass):
         blocks = Blocks(model.graph)
         # First, because it is what a tied model fails at, and nothing is folded yet then.
         node, gain = blocks.norm("model.norm")
-        _refuse_others(node, {blocks.node("logits")})
+        expect_readers(node, {blocks.node("logits")})
         modified = _fold(gain, [blocks.head()], axis=1)
         for layer in range(blocks.layers):
             for norm, site in _NORMS.items():
                 node, gain = blocks.norm(f"model.layers.{layer}.{norm}")
                 readers = blocks.readers(layer, site)
-                _refuse_others(node, {reader.node for reader in readers})
+                expect_readers(node, {reader.node for reader in readers})
                 modified |= _fold(gain, [reader.weight for reader in readers], axis=0)
         return ir.passes.PassResult(model, modified)
-
-
-def _refuse_others(node: ir.Node, expected: set[ir.Node]) -> None:
-    for reader in _readers(node):
-        if reader not in expected:
-            raise GraphError(
-                f"'{reader.name}' reads the norm '{node.name}', whose gain can be folded only into linears."
-            )
-
-
-def _readers(node: ir.Node) -> list[ir.Node]:
-    """Return the nodes that read a norm, looking through the Slice that keeps the last positions."""
-    direct = [use.node for use in node.outputs[0].uses()]
-    return [reader for each in direct for reader in (_readers(each) if each.op_type == "Slice" else [each])]
 
 
 def _fold(gain: ir.Value, weights: list[ir.Value], axis: int) -> bool:

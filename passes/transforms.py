@@ -252,12 +252,20 @@ class Transforms:
         layers: one per decoder block.
         residual: orthogonal map of the residual stream, float32 [hidden, hidden], folded everywhere; None is none.
             Where it stands, norm gains are folded into the weights behind them first.
+        head: channel scale between the last norm and lm_head, float32 [hidden], never 0: it folds into the gain of the
+            norm. None is all ones.
     """
 
     layers: tuple[LayerTransforms, ...]
     residual: Array | None = None
+    head: Array | None = None
 
     def __post_init__(self) -> None:
+        if self.head is not None:
+            s = np.ascontiguousarray(self.head, np.float32)
+            object.__setattr__(self, "head", s)
+            if s.ndim != 1 or not np.all(s) or not np.isfinite(s).all():
+                raise ValueError("the channel scale of lm_head is a row of finite numbers, none of them 0")
         if self.residual is None:
             return
         R = np.ascontiguousarray(self.residual, np.float32)

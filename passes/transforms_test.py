@@ -127,6 +127,13 @@ def test_a_residual_map_is_orthogonal() -> None:
     np.testing.assert_allclose(restored, U @ Vt, atol=1e-13)
 
 
+@pytest.mark.parametrize("wrong", [np.ones((2, 3)), np.array([1.0, 0.0]), np.array([1.0, np.nan])])
+def test_the_scale_of_lm_head_is_finite_and_not_zero(wrong: np.ndarray) -> None:
+    assert Transforms((), head=np.array([1.0, -2.0])).head is not None
+    with pytest.raises(ValueError, match="scale of lm_head"):
+        Transforms((), head=wrong)
+
+
 def test_sites_and_clips_of_modules() -> None:
     assert site_of("model.layers.3.self_attn.q_proj") == site_of("model.layers.11.self_attn.v_proj") == "attn_in"
     assert site_of("model.layers.3.self_attn.o_proj") == "attn_out"

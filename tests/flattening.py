@@ -101,8 +101,13 @@ def random_transform(rng: np.random.Generator, form: str, rows: int, columns: in
     )
 
 
-def random_transforms(config: LlamaConfig, form: str = "scale rows left", residual: bool = False) -> Transforms:
-    """Return transforms of every layer and site; `form` says which factors those between linears have."""
+def random_transforms(
+    config: LlamaConfig, form: str = "scale rows left", residual: bool = False, head: bool = False
+) -> Transforms:
+    """Return transforms of every layer and site; `form` says which factors those between linears have.
+
+    With `residual` the stream is rotated, with `head` the input of lm_head has a channel scale.
+    """
     rng = np.random.default_rng(len(form))
     hidden, inner = (_grid(n) for n in (config.hidden_size, config.intermediate_size))
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -120,7 +125,9 @@ def random_transforms(config: LlamaConfig, form: str = "scale rows left", residu
         )
 
     R = np.linalg.qr(rng.standard_normal((config.hidden_size, config.hidden_size)))[0]
-    return Transforms(tuple(layer() for _ in range(config.num_hidden_layers)), R if residual else None)
+    layers = tuple(layer() for _ in range(config.num_hidden_layers))
+    scale = np.exp(rng.uniform(-1, 1, config.hidden_size))
+    return Transforms(layers, R if residual else None, scale if head else None)
 
 
 def _grid(n: int) -> tuple[int, int]:

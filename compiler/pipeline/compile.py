@@ -238,13 +238,13 @@ class _Compile:
         model, left_float = portable_model(self.checkpoint, self.scheme, codes, transforms)
         self.progress.note("open")
         flattening = self._flatten()
-        base = checkpoint = self.checkpoint
-        rounded = self.checkpoint, codes
+        checkpoint = self.checkpoint
+        rounded: tuple[Checkpoint, CodesOnDisk] = checkpoint, codes
         if flattening is not None:
-            base, checkpoint, transforms = flattening.base, flattening.checkpoint, flattening.transforms
+            checkpoint, transforms = flattening.checkpoint, flattening.transforms
             rounded, codes = flattening.rounded, flattening.codes
             model, left_float = portable_model(self.checkpoint, self.scheme, codes, transforms)
-        nearest = self._timed("quantise", lambda: self._quantize(base, untouched.high))
+        nearest = self._timed("quantise", lambda: self._quantize(rounded[0], untouched.high))
         if not self.scheme.lm_head.is_float:
             for each in (codes, rounded[1]):
                 each.share(LM_HEAD, nearest)
@@ -321,11 +321,11 @@ class _Compile:
             self.progress.say("not polished: the model is held in float32 for that; ask for it with --polish 4")
         return epochs
 
-    def _quantize(self, base: Checkpoint, high: HighImpactOf) -> CodesOnDisk:
+    def _quantize(self, checkpoint: Checkpoint, high: HighImpactOf) -> CodesOnDisk:
         def step(_: str, done: int, total: int) -> None:
             self.progress.step("quantise", done, total)
 
-        return quantize_checkpoint(base, self.scheme, self.work.codes, step, high)
+        return quantize_checkpoint(checkpoint, self.scheme, self.work.codes, step, high)
 
     def _lower(self, target: str) -> None:
         bundle, longest = self.work.bundle, self.checkpoint.config.max_context

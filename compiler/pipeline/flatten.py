@@ -17,6 +17,7 @@ from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.files import write_json
 from planish.compiler.learn.flattening import flatten_checkpoint, held_out_sequences, read_evidence
 from planish.compiler.learn.gradient.refine import Refinement
+from planish.compiler.learn.head_scale import head_scale
 from planish.compiler.learn.polish.next_token import Head, rounded_to_nearest_outputs
 from planish.compiler.learn.polish.polish import polish
 from planish.compiler.learn.rounding.segments import Rounding
@@ -48,8 +49,7 @@ class Flattening:
     """What the stage made.
 
     Attributes:
-        base: the checkpoint that transforms were fitted to.
-        checkpoint: `base` with everything folded that folds.
+        checkpoint: the float model with everything folded that folds.
         transforms: what runs online, and the clips.
         plan: the `transforms` entry of plan.json.
         codes: of the decoder blocks.
@@ -60,7 +60,6 @@ class Flattening:
         loud: the sites of the loudest outliers, channel by channel.
     """
 
-    base: Checkpoint
     checkpoint: TransformedCheckpoint
     transforms: Transforms
     plan: dict[str, Any]
@@ -177,26 +176,35 @@ def flatten(
         entry["high_impact"] = choice
     if refine_epochs:
         entry["refinement"] = [each["refinement"] for each in measured]
+    if not (scheme.lm_head.is_float or scheme.lm_head.weight_only):
+        transforms, entry["lm_head"] = _scale_head(task, transforms)
     before = TransformedCheckpoint(checkpoint, transforms), rounded
     divergence, cross_entropy = _held_out(task)
     progress.step("compare", 1, 1)
     if settings.polish_epochs:
         transforms, entry["polish"] = _polish(task, transforms, rounded, settings.polish_epochs, codes)
-        divergence["flattened and polished"] = min(
-            each for each in entry["polish"]["held_out_divergence"] if each is not None
-        )
+        divergence["flattened and polished"] = entry["polish"].pop("kept_divergence")
         cross_entropy["flattened and polished"] = entry["polish"].pop("held_out_cross_entropy")
     entry["held_out_divergence"], entry["held_out_cross_entropy"] = divergence, cross_entropy
     made = TransformedCheckpoint(checkpoint, transforms)
     if isinstance(checkpoint, RotatedCheckpoint):
         transforms = dataclasses.replace(transforms, residual=checkpoint.rotation)
     lost, loud = _loss_to_nearest(divergence), loudest_sites(measured, folder)
-    return Flattening(checkpoint, made, transforms, entry, codes, before, lost, loud)
+    return Flattening(made, transforms, entry, codes, before, lost, loud)
 
 
 def _high_choice(transforms: Transforms, layer: int, site: Site) -> HighChoice | None:
     high = transforms.layers[layer].high.get(site)
     return None if high is None else HighChoice.model_validate({"bits": high.bits, "count": high.count})
+
+
+def _scale_head(task: _Task, transforms: Transforms) -> tuple[Transforms, dict[str, Any]]:
+    """Return the transforms with a channel scale in front of lm_head, and what plan.json says of it."""
+    layers, held_out = task.checkpoint.config.num_hidden_layers, held_out_sequences(len(task.tokens))
+    streams = StreamFiles(task.folder, held_out, task.device).open(layers)
+    found = head_scale(Head.of(task.checkpoint, task.device), task.scheme.lm_head, streams)
+    entry = {"scaled": found.scale is not None, "error_before": found.error_before, "error": found.error}
+    return dataclasses.replace(transforms, head=found.scale), entry
 
 
 def _held_out(task: _Task) -> tuple[dict[str, float], dict[str, float]]:
@@ -260,6 +268,7 @@ def _polish(
         "epochs": epochs,
         # Of an epoch that diverged there is none; JSON has no infinity.
         "held_out_divergence": [each if math.isfinite(each) else None for each in polished.divergence],
+        "kept_divergence": polished.kept,
         "held_out_cross_entropy": polished.cross_entropy,
     }
 

@@ -38,12 +38,9 @@ def _flattening(facts: Mapping[str, Any]) -> Iterator[str]:
     if facts["choice"] and facts["polish"] is None:
         yield "The model was not polished."
     elif facts["polish"]:
-        found = facts["polish"]["held_out_divergence"]
-        best = found.index(min(found))
-        if best == 0:
-            yield f"Polishing was undone: {len(found) - 1} epochs got no better on held-out text."
-        elif best < len(found) - 1:
-            yield f"Polishing was taken back to epoch {best} of {len(found) - 1}, the best on held-out text."
+        before, *_, after = facts["polish"]["held_out_divergence"]
+        if after is None or after >= before:
+            yield "Polishing was undone: it got no better on held-out text."
 
 
 def _linears(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -25,7 +25,7 @@ MATRICES_FILE = "plan.safetensors"
 
 _PARTS = ("scale", "right", "left")
 _ORDER = "order"
-_RESIDUAL = "residual"
+_RESIDUAL, _HEAD = "residual", "lm_head.scale"
 #: Key of the metadata whose value is a `_Header` in JSON.
 _HEADER = "planish.transforms"
 _Tensors = dict[str, npt.NDArray[Any]]
@@ -71,10 +71,11 @@ def site_widths(config: LlamaConfig) -> dict[Site, int]:
 def save_transforms(transforms: Transforms, folder: Path) -> None:
     """Write plan.safetensors into `folder`, whole or not at all.
 
-    The tensors are `layers.{i}.{site}.{scale,right,left}` and `residual`, each as in `Transform` and `Transforms`;
-    a factor that is the identity has none. `layers.{i}.{site}.order`, int32, is that of `HighImpact`.
+    The tensors are `layers.{i}.{site}.{scale,right,left}`, `residual` and `lm_head.scale`, each as in `Transform` and
+    `Transforms`; a factor that is the identity has none. `layers.{i}.{site}.order`, int32, is that of `HighImpact`.
     """
-    tensors: _Tensors = {} if transforms.residual is None else {_RESIDUAL: transforms.residual}
+    of_model = {_RESIDUAL: transforms.residual, _HEAD: transforms.head}
+    tensors: _Tensors = {name: each for name, each in of_model.items() if each is not None}
     header = _Header(layers=[])
     for layer, of_layer in enumerate(transforms.layers):
         header.layers.append(
@@ -124,7 +125,7 @@ def load_transforms(folder: Path, config: LlamaConfig) -> Transforms:
     layers = tuple(
         _layer(path, layer, header.layers[layer], high[layer], tensors, config) for layer in range(len(high))
     )
-    residual = tensors.pop(_RESIDUAL, None)
+    residual, head = (tensors.pop(name, None) for name in (_RESIDUAL, _HEAD))
     if tensors:
         raise PlanError(f"{path} holds a matrix '{next(iter(tensors))}' that no transform has. {_REMEDY}")
     if residual is not None and residual.shape != (config.hidden_size, config.hidden_size):
@@ -132,8 +133,13 @@ def load_transforms(folder: Path, config: LlamaConfig) -> Transforms:
             f"{path}: the residual map has the shape {residual.shape}, and the model the width {config.hidden_size}. "
             f"{_REMEDY}"
         )
+    if head is not None and head.shape != (config.hidden_size,):
+        raise PlanError(
+            f"{path}: the scale of lm_head has the shape {head.shape}, and the model the width {config.hidden_size}. "
+            f"{_REMEDY}"
+        )
     try:
-        return Transforms(layers, residual)
+        return Transforms(layers, residual, head)
     except ValueError as error:
         raise PlanError(f"{path}: {error}. {_REMEDY}") from error
 

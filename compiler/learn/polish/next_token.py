@@ -43,10 +43,13 @@ class Head:
         )
         return cls(gain, weight, config.rms_norm_eps)
 
+    def normalized(self, x: Tensor) -> Tensor:
+        """Return what the last norm makes of hidden states [..., hidden]."""
+        return self.gain * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon))
+
     def log_probabilities(self, x: Tensor) -> Tensor:
         """Return the logarithms of the next token's probabilities, [..., vocab], given hidden states [..., hidden]."""
-        normalized = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon)
-        return torch.log_softmax(self.gain * normalized @ self.weight.T, -1)
+        return torch.log_softmax(self.normalized(x) @ self.weight.T, -1)
 
     def divergence(self, found: Tensor, expected: Tensor) -> Tensor:
         """Return KL(expected || found), the mean over tokens in nats, of two models' hidden states [..., hidden].

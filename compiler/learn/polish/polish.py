@@ -3,6 +3,9 @@
 Codes stay as they are. The gains of norms, the scales of weight rows, the clips and the online affine maps move, such
 that the distribution of the next token comes close to the float model's: min KL(p_float || p_low_bit) over the
 calibration text. Roundings pass the gradient straight through.
+
+The last steps are averaged (Polyak and Juditsky, SIAM J. Control Optim. 30, 1992; Izmailov et al., arXiv
+1803.05407): a step follows the gradient of one sequence, and much of it is that sequence's own.
 """
 
 import dataclasses
@@ -14,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.learn.polish.low_bit_model import LowBitModel
@@ -31,6 +35,8 @@ __all__ = ["Polished", "polish"]
 _RATE, _MAP_RATE = 2e-3, 2e-4
 #: Share of the steps until the largest rate.
 _WARM_UP = 0.15
+#: Share of the steps, the last ones, that are averaged.
+_AVERAGED = 0.25
 _MOMENTA = (0.9, 0.95)
 #: Largest norm of the gradient of all parameters together.
 _LONGEST = 1.0
@@ -45,7 +51,8 @@ class Polished:
         transforms: with new channel scales at the norms, new affine maps, and new clips.
         row_scales: by module, or segment of it as `Segment.of` calls it, what multiplies the scales of its weight rows,
             float32 [out].
-        divergence: mean KL divergence per held-out token, in nats: before, and after every epoch.
+        divergence: mean KL divergence per held-out token, in nats: before, after every epoch, and with the average of
+            the last steps. Infinity is that of no use.
         cross_entropy: of the model as it is kept, on held-out tokens, in nats.
     """
 
@@ -53,6 +60,11 @@ class Polished:
     row_scales: dict[str, Tensor]
     divergence: list[float]
     cross_entropy: float
+
+    @property
+    def kept(self) -> float:
+        """The divergence of what is kept: the average, or the start if that is closer."""
+        return min(self.divergence[0], self.divergence[-1])
 
 
 def polish(
@@ -70,7 +82,9 @@ def polish(
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Polished:
-    """Return the parameters at which the model is closest to the float one on held-out text; the start is one of them.
+    """Return the average of the last steps, or the start where that is closer to the float model on held-out text.
+
+    Nothing in between is a candidate: held-out text is short, and the luckiest of many epochs is not the best.
 
     Args:
         checkpoint: the float model.
@@ -88,26 +102,28 @@ def polish(
     """
     model = LowBitModel(checkpoint, scheme, transforms, codes, device)
     fitted = len(token_ids) - held_out
+    steps = epochs * fitted
     ids = torch.from_numpy(token_ids).to(device)
     share = 4.0 ** min(0, 3 - min(scheme.linear.weight_bits, scheme.linear.activation_bits))
     rates = [share * (_MAP_RATE if is_map else _RATE) for is_map in model.are_maps()]
     groups = [{"params": [each], "lr": rate} for each, rate in zip(model.parameters(), rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=_MOMENTA)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=epochs * fitted, pct_start=_WARM_UP)
-    state = folder / _STATE
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=_WARM_UP)
+    state, first = folder / _STATE, steps - max(1, round(_AVERAGED * steps))
+    start = average = model.state()
+    average_with = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
     with fast_products():
         if state.exists():
-            kept = torch.load(state, weights_only=True, map_location="cpu")
+            kept = torch.load(state, weights_only=True, map_location=device or "cpu")
             model.load(kept["model"])
             optimizer.load_state_dict(kept["optimizer"])
             schedule.load_state_dict(kept["schedule"])
-            best, divergence = kept["best"], kept["divergence"]
+            average, divergence = kept["average"], kept["divergence"]
         else:
-            divergence = [model.divergence(ids[fitted:], final[fitted:])]
-            best = model.state()
+            divergence = [_divergence(model, ids[fitted:], final[fitted:])]
         for epoch in range(len(divergence) - 1, epochs):
             order = np.random.default_rng((seed, epoch)).permutation(fitted).tolist()
-            for done, sequence in enumerate(order, 1):
+            for step, sequence in enumerate(order, epoch * fitted):
                 loss = model.loss(ids[sequence : sequence + 1], final[sequence : sequence + 1])
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -115,18 +131,27 @@ def polish(
                 if length.isfinite():
                     optimizer.step()
                 schedule.step()
+                if step == first:
+                    average = model.state()
+                elif step > first:
+                    average_with(average, model.parameters(), step - first)
                 if progress:
-                    progress(epoch * fitted + done, epochs * fitted)
-            found = model.divergence(ids[fitted:], final[fitted:])
-            if found < min(divergence):
-                # Maps that can hardly be inverted would not fold into the float model that is verified.
-                best, found = (model.state(), found) if model.is_invertible() else (best, math.inf)
-            divergence.append(found if math.isfinite(found) else math.inf)
-            made = {"model": model.state(), "best": best, "divergence": divergence}
+                    progress(step + 1, steps)
+            divergence.append(_divergence(model, ids[fitted:], final[fitted:]))
+            made = {"model": model.state(), "average": average, "divergence": divergence}
             unfinished = state.with_suffix(".part")
             torch.save(made | {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, unfinished)
             unfinished.rename(state)
-    model.load(best)
-    with fast_products():
+        model.load(average)
+        found = _divergence(model, ids[fitted:], final[fitted:])
+        if found >= divergence[0]:
+            model.load(start)
         cross_entropy = model.cross_entropy(token_ids[fitted:])
-    return Polished(model.transforms(), model.row_scales(), divergence, cross_entropy)
+    return Polished(model.transforms(), model.row_scales(), [*divergence, found], cross_entropy)
+
+
+def _divergence(model: LowBitModel, ids: Tensor, final: Tensor) -> float:
+    """Return how far the model is from the float one; infinity where it is of no use."""
+    found = model.divergence(ids, final)
+    # Maps that can hardly be inverted would not fold into the float model that is verified.
+    return found if math.isfinite(found) and model.is_invertible() else math.inf

@@ -13,24 +13,34 @@ from planish.passes.transforms import SITES, Transforms
 
 __all__ = ["TransformedCheckpoint"]
 
+_EMBEDDINGS, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
 
 class TransformedCheckpoint(Checkpoint):
-    """Another checkpoint whose decoder blocks are folded with `transforms`, float32, one block in memory at a time.
+    """Another checkpoint folded with `transforms`, float32, one block in memory at a time; a scaled lm_head is untied.
 
     What runs online is left to whoever computes with it. It shares no code with the graph passes that do the same.
     """
 
     def __init__(self, original: Checkpoint, transforms: Transforms) -> None:
-        super().__init__(original.name, original.raw_config)
+        untied = {} if transforms.head is None else {"tie_word_embeddings": False}
+        super().__init__(original.name, original.raw_config | untied)
         self.transforms = transforms
         self._original = original
         self._folded: tuple[int, dict[str, npt.NDArray[Any]]] = (-1, {})
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """Return float32 for what is in a block, and the original's type for the rest."""
-        return np.dtype(np.float32) if name.startswith("model.layers.") else self._original.dtype(name)
+        """Return float32 for what is in a block or scaled, and the original's type for the rest."""
+        folded = name.startswith("model.layers.") or (self.transforms.head is not None and name in (_NORM, _HEAD))
+        return np.dtype(np.float32) if folded else self._original.dtype(name)
 
     def _read(self, name: str) -> npt.NDArray[Any]:
+        scale = self.transforms.head
+        if scale is not None and name == _NORM:
+            return (self._original._read(name) * scale.astype(np.float64)).astype(np.float32)
+        if scale is not None and name == _HEAD:
+            tied = self._original.config.tie_word_embeddings
+            return (self._original._read(_EMBEDDINGS if tied else _HEAD) / scale.astype(np.float64)).astype(np.float32)
         if not name.startswith("model.layers."):
             return self._original._read(name)
         layer, rest = int(name.split(".")[2]), ".".join(name.split(".")[3:])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from planish.compiler.bundle.bundle import Bundle
@@ -227,6 +228,29 @@ def test_on_a_rotated_residual_stream(variant: str, select: str, tmp_path: Path,
     # The recipe repeats it.
     again = compile_model(None, tmp_path / "again", recipe=made.path / "recipe.yaml")
     assert contents(again) == contents(made)
+
+
+@pytest.mark.parametrize("variant", ["tied", "gqa"])
+def test_the_scale_of_lm_head_is_in_its_norm_and_in_its_codes(
+    variant: str, tmp_path: Path, few: dict[str, Any]
+) -> None:
+    model = write_tiny(tmp_path / "model", **VARIANTS[variant])
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][[3, 8]] *= 20
+    save_file(tensors, path, {"format": "pt"})
+    settings = {**few, "scheme": "w8a8k8v8", "select": "fixed:affine", "polish": 1}
+    made = compile_model(model, tmp_path / "out", **settings)
+    head = json.loads((made.path / "plan.json").read_text())["transforms"]["lm_head"]
+    assert head["scaled"]
+    assert head["error"] < head["error_before"]
+    assert "FoldHeadScalePass" in report(made)["passes"]
+    scale = load_transforms(made.path, open_checkpoint(model).config).head
+    assert scale is not None
+    assert scale[[3, 8]].max() < 0.5 * np.median(scale)
+    assert divergence_from_transformers(model, made, settings) < 5e-2
+    whole = compile_model(model, tmp_path / "float", **settings, lm_head="w8a16")
+    assert load_transforms(whole.path, open_checkpoint(model).config).head is None
 
 
 @pytest.mark.parametrize("select", ["auto", "fixed:affine"])

@@ -49,6 +49,7 @@ def some_transforms() -> Transforms:
             LayerTransforms(plain, Transform(24), plain, Transform(24), Transform(12), Transform(12)),
         ),
         residual,
+        head=matrix(10, 16),
     )
 
 
@@ -80,6 +81,7 @@ def test_what_is_saved_is_loaded(folder: Path) -> None:
     assert [path.name for path in folder.iterdir()] == [MATRICES_FILE]
     loaded, expected = load_transforms(folder, CONFIG), some_transforms()
     np.testing.assert_array_equal(loaded.residual, expected.residual, strict=True)
+    np.testing.assert_array_equal(loaded.head, expected.head, strict=True)
     assert len(loaded.layers) == 2
     for found, original in zip(loaded.layers, expected.layers, strict=True):
         assert found.clips == original.clips
@@ -96,6 +98,7 @@ def test_the_file_can_be_read_without_planish(folder: Path) -> None:
     tensors = load_file(folder / MATRICES_FILE)
     assert {name: (tensor.dtype.name, tensor.shape) for name, tensor in tensors.items()} == {
         "residual": ("float32", (16, 16)),
+        "lm_head.scale": ("float32", (16,)),
         "layers.0.attn_in.scale": ("float32", (16,)),
         "layers.0.attn_in.right": ("float32", (1, 4, 4)),
         "layers.0.attn_in.left": ("float32", (4, 4)),
@@ -116,6 +119,7 @@ def test_no_transforms_at_all(tmp_path: Path) -> None:
     save_transforms(Transforms((layer, layer)), tmp_path)
     loaded = load_transforms(tmp_path, CONFIG)
     assert loaded.residual is None
+    assert loaded.head is None
     assert all(each[site].is_identity for each in loaded.layers for site in SITES)
 
 
@@ -166,6 +170,8 @@ def test_a_missing_file(tmp_path: Path) -> None:
             r"residual map has the shape \(12, 12\), and the model the width 16",
         ),
         ("residual", matrix(0, 16, 16), "a residual map is orthogonal"),
+        ("lm_head.scale", matrix(0, 12), r"scale of lm_head has the shape \(12,\), and the model the width 16"),
+        ("lm_head.scale", np.zeros(16, np.float32), "scale of lm_head is a row of finite numbers, none of them 0"),
     ],
 )
 def test_matrices_that_do_not_fit(folder: Path, name: str, tensor: Any, message: str) -> None:

@@ -25,18 +25,19 @@ def heads_only_mixed(transforms: Transforms) -> Transforms:
         dataclasses.replace(layer, attn_out=dataclasses.replace(layer.attn_out, right=None))
         for layer in transforms.layers
     )
-    return Transforms(tuple(layers))
+    return dataclasses.replace(transforms, layers=tuple(layers))
 
 
 def no_codes(module: str) -> QuantizedWeight:
     raise AssertionError(f"{module} has no codes in a float scheme")
 
 
+@pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("variant", ["gqa", "mha", "mqa", "head_dim", "attention_bias", "mlp_bias", "tied", "untied"])
-def test_equals_transformers(variant: str, tmp_path: Path) -> None:
+def test_equals_transformers(variant: str, head: bool, tmp_path: Path) -> None:
     folder = write_tiny(tmp_path, **VARIANTS[variant])
     original = open_checkpoint(folder)
-    transforms = heads_only_mixed(random_transforms(original.config))
+    transforms = heads_only_mixed(random_transforms(original.config, head=head))
     folded = TransformedCheckpoint(original, transforms)
     ids = torch.from_numpy(np.random.default_rng(1).integers(3, 272, (2, 13)))
     with torch.no_grad():
@@ -46,6 +47,20 @@ def test_equals_transformers(variant: str, tmp_path: Path) -> None:
     # Not because nothing was folded.
     apart = Oracle(folded, Scheme.parse("w16a16k16v16"), no_codes).logits(ids)
     assert range_error(apart.numpy(), expected.numpy()) > 1e-2
+
+
+@pytest.mark.parametrize("variant", ["tied", "untied"])
+def test_a_scaled_head(variant: str, tmp_path: Path) -> None:
+    original = open_checkpoint(write_tiny(tmp_path, **VARIANTS[variant]))
+    transforms = random_transforms(original.config, head=True)
+    folded = TransformedCheckpoint(original, transforms)
+    assert set(folded.names()) == {*original.names(), "lm_head.weight"}
+    head = original.tensor("model.embed_tokens.weight" if variant == "tied" else "lm_head.weight")
+    np.testing.assert_allclose(folded.tensor("lm_head.weight"), head / transforms.head, rtol=1e-6)
+    np.testing.assert_allclose(
+        folded.tensor("model.norm.weight"), original.tensor("model.norm.weight") * transforms.head, rtol=1e-6
+    )
+    assert folded.tensor("lm_head.weight").dtype == folded.dtype("lm_head.weight") == np.float32
 
 
 def test_it_is_a_checkpoint_like_the_original(tmp_path: Path) -> None:

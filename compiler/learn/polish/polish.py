@@ -36,7 +36,7 @@ _RATE, _MAP_RATE = 2e-3, 2e-4
 #: Share of the steps until the largest rate.
 _WARM_UP = 0.15
 #: Share of the steps, the last ones, that are averaged.
-_AVERAGED = 0.25
+_AVERAGED = 0.5
 _MOMENTA = (0.9, 0.95)
 #: Largest norm of the gradient of all parameters together.
 _LONGEST = 1.0

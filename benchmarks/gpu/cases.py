@@ -24,6 +24,8 @@ __all__ = ["Case", "Pair", "all_cases"]
 
 Calls = list[Callable[[], object]]
 
+#: Channels of a head.
+HEAD = 128
 #: Share of channels that are high-impact ones, and the most time that they may add.
 HIGH_SHARE, HIGH_COST = 0.125, 1.08
 _MM, _INT4, _COPY, _W3A3 = "torch.mm fp16", "torch._weight_int4pack_mm", "copy of the rows", "w3a3"
@@ -86,16 +88,26 @@ def random_factors(shape: Shape, device: torch.device) -> dict[str, torch.Tensor
     return {"right": torch.randn(k, k, device=device) / k**0.5, "left": torch.randn(m, m, device=device) / m**0.5}
 
 
+def random_mixing(lines: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return a mixing of blocks, or of heads."""
+    return {"left": torch.randn(lines, lines, device=device) / lines**0.5}
+
+
 def random_blocks(shape: Shape, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return a block-diagonal map of blocks of 64 channels."""
-    return {"right": torch.randn(shape.channels // 64, 64, 64, device=device) / 8}
+    """Return a block-diagonal map of blocks of 64 channels, and the mixing behind it."""
+    blocks = shape.channels // 64
+    return {"right": torch.randn(blocks, 64, 64, device=device) / 8} | random_mixing(blocks, device)
 
 
 #: What comes before codes -> its factors and, to a channel, its multiply-adds.
 TRANSFORMS: dict[str, tuple[Callable[[Shape, torch.device], dict[str, torch.Tensor]], Callable[[Shape], int]]] = {
     "quantise": (lambda shape, device: {}, lambda shape: 0),
     "transform and quantise": (random_factors, lambda shape: sum(shape.factors)),
-    "blocks of 64 and quantise": (random_blocks, lambda shape: 64),
+    "blocks of 64, mixed, and quantise": (random_blocks, lambda shape: 64 + shape.channels // 64),
+    "heads mixed and quantise": (
+        lambda shape, device: random_mixing(shape.channels // HEAD, device),
+        lambda shape: shape.channels // HEAD,
+    ),
 }
 
 

@@ -1,19 +1,20 @@
 // A block-diagonal map, or one dense one, multiplied with a few rows in shared memory by tensor cores.
 //
-// Every run of k channels has a matrix of its own, with which a tile multiplies that run of some tokens: its rows are
-// columns of the matrix, its columns the eight tokens of an MMA. What is dear here is the map itself. That of 4096
-// channels in blocks of 64 is 1 MB, which comes from L2 for every block of threads; 2048 tokens one by one would read 2
-// GB of it, some 400 us on an H100, and eight at a time read 256 MB. So a block of threads has as many tokens as its
-// shared memory takes, up to eight. One token alone takes as long as one multiprocessor reads the map, some 10 us for
-// that 1 MB: where tokens come one by one, a Kronecker pair of 32 KB suits a GPU better.
+// Every line of k channels has a matrix of its own, or all the same, with which a tile multiplies that line of some
+// tokens: its rows are columns of the matrix, its columns the eight tokens of an MMA. What is dear here is the map
+// itself. That of 4096 channels in blocks of 64 is 1 MB, which comes from L2 for every block of threads; 2048 tokens one
+// by one would read 2 GB of it, some 400 us on an H100, and eight at a time read 256 MB. So a block of threads has as
+// many tokens as its shared memory takes, up to eight. One token alone takes as long as one multiprocessor reads the
+// map, some 10 us for that 1 MB: where tokens come one by one, a Kronecker pair of 32 KB suits a GPU better.
 //
 // Multiplied as in tiled_factors.cuh, three MMAs to a product. A warp has two tiles, for which it splits the tokens
 // once, and asks for the next step of the map before it multiplies this one.
 //
-// Rows are replaced where they lie: the results of some matrices are in registers before any is stored. They are stored
-// without the padding of their lines, which is where those lines, or lines before them, were.
+// Lines are replaced where they lie: the results of some matrices are in registers before any is stored. They are so
+// far apart as mixing_factor.cuh wants them.
 #pragma once
 
+#include "row_lines.cuh"
 #include "tiled_factors.cuh"
 
 namespace planish {
@@ -25,19 +26,23 @@ constexpr int kWarpColumns = kColumnTiles * kTileRows;
 // Warps that share a matrix.
 PLANISH_HD constexpr int warps_of_matrix(int k) { return ceil_div(k, kWarpColumns); }
 
-// Threads of a block for maps of this kind; 0 for other factors, and where a matrix is too wide.
-PLANISH_HD constexpr int threads_of_blocks(const Factors& factors) {
-    const bool fits = factors.right && !factors.left && factors.right_count == factors.m &&
-                      factors.k % kFactorDepth == 0 && warps_of_matrix(factors.k) * kLanes <= kMaxThreads;
-    if (!fits) return 0;
-    const int together = warps_of_matrix(factors.k), most = kMaxThreads / kLanes / together, fewest = 4;
-    const int warps = (factors.m < most ? factors.m : most) * together;
-    return (warps > fewest ? warps : fewest) * kLanes;
+// Warps for a right factor; 0 where one is too wide.
+PLANISH_HD constexpr int warps_of_blocks(const Factors& factors) {
+    const int together = warps_of_matrix(factors.k), most = kMaxThreads / kLanes / together;
+    return factors.k % kFactorDepth ? 0 : (factors.m < most ? factors.m : most) * together;
+}
+
+// Lines 8 or 24 floats apart, but for whole turns of the 32 banks: then the four lines and eight columns that the lanes
+// of a warp load at once in mixing_factor.cuh are in all of them.
+PLANISH_HD constexpr RowLines lines_of_blocks(const Factors& factors) {
+    return {factors.k, (factors.k + 7) / 16 * 16 + 8};
 }
 
 // Floats from one token to the next: a multiple of four and none of eight, so that the eight tokens and four channels
 // that the lanes of a warp load at once are in 32 banks.
-PLANISH_HD constexpr int floats_of_token(const Factors& factors) { return tiled_floats(factors) | 4; }
+PLANISH_HD constexpr int floats_of_token(const Factors& factors) {
+    return factors.m * lines_of_blocks(factors).stride | 4;
+}
 
 // Some tokens in shared memory.
 struct TokenRows {
@@ -71,8 +76,8 @@ template <class Warp>
 PLANISH_HD void multiply_matrix(TileSums<Warp, kColumnTiles>& sums, const Factors& factors, const TokenRows& rows,
                                 int i, int column) {
     const int k = factors.k, steps = k / kFactorDepth;
-    const float* matrix = factors.right + static_cast<int64_t>(i) * k * k;
-    const float* line = rows.first + i * tiled_stride(k);
+    const float* matrix = factors.right + (factors.right_count == 1 ? 0 : static_cast<int64_t>(i) * k * k);
+    const float* line = rows.first + i * lines_of_blocks(factors).stride;
     typename Warp::template PerLane<MatrixStep> ahead, now;
     Warp::each([&](int lane) { ahead[lane] = load_matrix(matrix, k, 0, column, lane); });
     PLANISH_ROLLED
@@ -99,7 +104,7 @@ PLANISH_HD void multiply_matrix(TileSums<Warp, kColumnTiles>& sums, const Factor
     }
 }
 
-// Replaces every row, [m][tiled_stride(k)], by its product with the map, [m][k].
+// Replaces every row, in lines_of_blocks, by its product with the map.
 template <class Block>
 PLANISH_HD void apply_blocks(const Factors& factors, const TokenRows& rows, Block& block) {
     using Warp = typename Block::Warp;
@@ -118,7 +123,7 @@ PLANISH_HD void apply_blocks(const Factors& factors, const TokenRows& rows, Bloc
         });
         block.each_warp([&](int warp) {
             if (matrix_of(warp) >= factors.m) return;
-            float* line = rows.first + matrix_of(warp) * k;
+            float* line = rows.first + matrix_of(warp) * lines_of_blocks(factors).stride;
             PLANISH_UNROLL
             for (int tile = 0; tile < kColumnTiles; ++tile) {
                 Warp::each([&](int lane) {

@@ -1,17 +1,13 @@
-// The launchers of quantize_row.cuh. Kronecker products go to the tensor cores with one token to a block,
-// block-diagonal maps with a few, and what neither takes to the CUDA cores with one. A thread holds 16 results of a
-// factor, or 4 where there are few tokens, when a GPU is nearly idle and more threads make a token's own time shorter.
+// The launcher of quantize_row.cuh; what it launches is in quantize_plan.cuh.
 
 #include "launch.cuh"
+#include "quantize_plan.cuh"
 
 namespace planish {
 namespace {
 
-constexpr int kFewTokens = 32;
 // What a block may have without asking.
 constexpr size_t kFreeSharedBytes = 48 << 10;
-// What a kernel has besides the tokens: a word to a warp, and what CUDA keeps for itself.
-constexpr size_t kScratchBytes = (kMaxThreads / 32) * sizeof(int32_t) + (1 << 10);
 
 struct Io {
     const void* x;
@@ -29,12 +25,13 @@ __device__ __forceinline__ float to_float(T value) {
 }
 
 // Reads a token into shared memory.
-template <class T, bool TILED>
-__device__ __forceinline__ void read_token(const RowQuantization& task, const Io& io, int64_t token, float* row,
-                                           DeviceBlock& block) {
+template <class T>
+__device__ __forceinline__ void read_token(const RowQuantization& task, const Io& io, int64_t token,
+                                           const RowLines& lines, float* row, DeviceBlock& block) {
     const int64_t first = token * task.channels;
     const T* x = static_cast<const T*>(io.x) + first;
-    each_channel<TILED>(task, row, static_cast<int>(threadIdx.x), block.threads(), [&](int i, float& place) {
+    const auto thread = static_cast<int>(threadIdx.x);
+    each_channel(lines, task.channels, row, thread, block.threads(), [&](int i, float& place) {
         float value = to_float(x[i]);
         if (io.residual) {
             const T sum = static_cast<T>(value + to_float(static_cast<const T*>(io.residual)[first + i]));
@@ -51,11 +48,11 @@ __device__ __forceinline__ RowOutput output_of(const RowQuantization& task, cons
 
 template <class T, int VALUES, bool TILED>
 __device__ __forceinline__ void quantize_token(const RowQuantization& task, const Io& io) {
-    extern __shared__ float row[];
+    extern __shared__ __align__(16) float row[];
     __shared__ int32_t scratch[kMaxThreads / 32];
     DeviceBlock block(scratch);
     const int64_t token = blockIdx.x;
-    read_token<T, TILED>(task, io, token, row, block);
+    read_token<T>(task, io, token, lines_before<TILED>(task), row, block);
     __syncthreads();
     quantize_row<VALUES, TILED>(task, row, output_of(task, io, token), block);
 }
@@ -77,24 +74,16 @@ template <class T>
 __global__ void __launch_bounds__(kMaxThreads)
     quantize_blocks(const __grid_constant__ RowQuantization task, const __grid_constant__ Io io, int tokens,
                     int64_t count) {
-    extern __shared__ float row[];
+    extern __shared__ __align__(16) float row[];
     __shared__ int32_t scratch[kMaxThreads / 32];
     DeviceBlock block(scratch);
     const int64_t first = int64_t{blockIdx.x} * tokens, left = count - first;
     const TokenRows rows = {row, floats_of_token(task.factors), left < tokens ? static_cast<int>(left) : tokens};
-    for (int i = 0; i < rows.count; ++i) read_token<T, true>(task, io, first + i, row + i * rows.floats, block);
+    for (int i = 0; i < rows.count; ++i) {
+        read_token<T>(task, io, first + i, lines_of_blocks(task.factors), row + i * rows.floats, block);
+    }
     __syncthreads();
     quantize_rows(task, rows, [&](int i) { return output_of(task, io, first + i); }, block);
-}
-
-// Threads whose results, VALUES each, make up a row; 0 where the most threads are too few.
-template <int VALUES>
-int threads_for(const Factors& factors, int channels) {
-    for (int threads = 64; threads <= kMaxThreads; threads += 32) {
-        const int stride = factors.right || factors.left ? results_stride(factors.k, threads) : threads;
-        if (stride * VALUES >= channels) return threads;
-    }
-    return 0;
 }
 
 template <class Kernel>
@@ -103,49 +92,43 @@ void allow_shared(Kernel kernel, size_t bytes) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
-// One token to a block where there are few, so that more of the GPU works; else as many as fit.
 template <class T>
-int launch_blocks(const RowQuantization& task, const Io& io, int64_t tokens, int threads, cudaStream_t stream) {
-    int room = 0;
-    if (const int status = read_shared_bytes(room)) return status;
-    const size_t bytes = floats_of_token(task.factors) * sizeof(float);
-    const auto most = static_cast<int>((room - kScratchBytes) / bytes);
-    const int together = tokens <= kFewTokens ? 1 : most < kMostTokensOfBlock ? most : kMostTokensOfBlock;
-    allow_shared(quantize_blocks<T>, together * bytes);
-    const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(tokens, together));
-    quantize_blocks<T><<<blocks, threads, together * bytes, stream>>>(task, io, together, tokens);
+int launch_blocks(const RowQuantization& task, const Io& io, int64_t tokens, const QuantizePlan& plan,
+                  cudaStream_t stream) {
+    const size_t bytes = plan.together * floats_of_token(task.factors) * sizeof(float);
+    allow_shared(quantize_blocks<T>, bytes);
+    const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(tokens, plan.together));
+    quantize_blocks<T><<<blocks, plan.threads, bytes, stream>>>(task, io, plan.together, tokens);
     return launched("planish_quantize_tokens");
 }
 
 template <class T, int VALUES, bool TILED>
-int launch(const RowQuantization& task, const Io& io, int64_t tokens, int threads, cudaStream_t stream) {
+int launch_rows(const RowQuantization& task, const Io& io, int64_t tokens, const QuantizePlan& plan,
+                cudaStream_t stream) {
     constexpr auto kernel = TILED ? quantize_tiles<T, VALUES> : quantize_cores<T, VALUES>;
     const size_t bytes = row_floats<TILED>(task) * sizeof(float);
     allow_shared(kernel, bytes);
-    kernel<<<static_cast<unsigned>(tokens), threads, bytes, stream>>>(task, io);
+    kernel<<<static_cast<unsigned>(tokens), plan.threads, bytes, stream>>>(task, io);
     return launched("planish_quantize_tokens");
 }
 
 template <class T>
 int launch(const RowQuantization& task, const Io& io, int64_t tokens, cudaStream_t stream) {
-    const bool few = tokens <= kFewTokens;
-    if (const int threads = few ? threads_of_tiles<1>(task.factors) : 0) {
-        return launch<T, 4, true>(task, io, tokens, threads, stream);
+    int room = 0;
+    if (const int status = read_shared_bytes(room)) return status;
+    const QuantizePlan plan = plan_quantization(task, tokens, room);
+    if (plan.threads == 0) {
+        return fail(PLANISH_BAD_ARGUMENT, "no block is wide enough for %d channels as rows of %d", task.channels,
+                    task.factors.k);
     }
-    if (const int threads = threads_of_tiles<4>(task.factors)) {
-        return launch<T, 16, true>(task, io, tokens, threads, stream);
+    if (plan.path == QuantizePath::kBlocks) return launch_blocks<T>(task, io, tokens, plan, stream);
+    const bool tiled = plan.path == QuantizePath::kTiles;
+    if (plan.values == 4) {
+        return tiled ? launch_rows<T, 4, true>(task, io, tokens, plan, stream)
+                     : launch_rows<T, 4, false>(task, io, tokens, plan, stream);
     }
-    if (const int threads = threads_of_blocks(task.factors)) {
-        return launch_blocks<T>(task, io, tokens, threads, stream);
-    }
-    if (const int threads = few ? threads_for<4>(task.factors, task.channels) : 0) {
-        return launch<T, 4, false>(task, io, tokens, threads, stream);
-    }
-    if (const int threads = threads_for<16>(task.factors, task.channels)) {
-        return launch<T, 16, false>(task, io, tokens, threads, stream);
-    }
-    return fail(PLANISH_BAD_ARGUMENT, "no block is wide enough for %d channels as rows of %d", task.channels,
-                task.factors.k);
+    return tiled ? launch_rows<T, 16, true>(task, io, tokens, plan, stream)
+                 : launch_rows<T, 16, false>(task, io, tokens, plan, stream);
 }
 
 }  // namespace

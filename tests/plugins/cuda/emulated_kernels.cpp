@@ -7,12 +7,16 @@
 #include <vector>
 
 #include "arguments.cu"
+#include "quantize_plan.cuh"
 #include "small_linear.cuh"
 #include "wgmma_linear.cuh"
 
 using namespace planish;
 
 namespace {
+
+// What a block may have on an H100.
+constexpr int kSharedBytes = 227 << 10;
 
 // Runs `body(bits)` with the number of bits as a type.
 template <class Body>
@@ -169,15 +173,13 @@ void weight_only(const WeightOnlyLinear& linear, int warps, int threads) {
 }
 
 // Reads a token, as a block of threads does.
-template <bool TILED>
-void read_token(const planish_quantize& task, const RowQuantization& row, int64_t token, float* values,
-                HostBlock& block) {
+void read_token(const planish_quantize& task, const RowLines& lines, int64_t token, float* values, HostBlock& block) {
     const auto read = [&](const void* from, int64_t at) {
         return task.type == PLANISH_FLOAT32 ? static_cast<const float*>(from)[at]
                                             : static_cast<float>(static_cast<const _Float16*>(from)[at]);
     };
     block.each([&](int thread) {
-        each_channel<TILED>(row, values, thread, block.threads(), [&](int i, float& place) {
+        each_channel(lines, task.channels, values, thread, block.threads(), [&](int i, float& place) {
             const int64_t at = token * task.channels + i;
             place = read(task.x, at);
             if (!task.residual) return;
@@ -204,7 +206,7 @@ void quantize(const planish_quantize& task, const RowQuantization& row, int thre
     for (int64_t token = 0; token < task.tokens; ++token) {
         auto values = shared_floats(row_floats<TILED>(row));
         HostBlock block(threads);
-        read_token<TILED>(task, row, token, values.data(), block);
+        read_token(task, lines_before<TILED>(row), token, values.data(), block);
         quantize_row<VALUES, TILED>(row, values.data(), output_of(task, token), block);
     }
 }
@@ -217,7 +219,7 @@ void quantize_blocks(const planish_quantize& task, const RowQuantization& row, i
         HostBlock block(threads);
         const TokenRows rows = {values.data(), floats, left < tokens ? static_cast<int>(left) : tokens};
         for (int i = 0; i < rows.count; ++i) {
-            read_token<true>(task, row, first + i, values.data() + i * floats, block);
+            read_token(task, lines_of_blocks(row.factors), first + i, values.data() + i * floats, block);
         }
         quantize_rows(row, rows, [&](int i) { return output_of(task, first + i); }, block);
     }
@@ -285,11 +287,11 @@ int planish_best_order(int64_t, int32_t, int32_t* order) { return *order = PLANI
 int planish_quantize_tokens(const planish_quantize* task, void*) {
     RowQuantization row = {};
     if (const int status = read_quantize(*task, row)) return status;
-    if (const int threads = threads_of_blocks(row.factors)) {
-        return planish_emulate_quantize_blocks(task, threads, task->tokens > 32 ? kMostTokensOfBlock : 1);
+    const QuantizePlan plan = plan_quantization(row, task->tokens, kSharedBytes);
+    if (plan.path == QuantizePath::kBlocks) {
+        return planish_emulate_quantize_blocks(task, plan.threads, plan.together);
     }
-    const int threads = threads_of_tiles<4>(row.factors);
-    return planish_emulate_quantize(task, 16, threads ? threads : 1024, threads > 0);
+    return planish_emulate_quantize(task, plan.values, plan.threads, plan.path == QuantizePath::kTiles);
 }
 
 int planish_small_linear(const planish_linear* task, void*) {

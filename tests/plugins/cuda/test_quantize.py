@@ -118,22 +118,46 @@ def test_tiled_transforms(form: str, m: int, k: int, tiles: int, warps: int) -> 
 
 @pytest.mark.parametrize(
     ("m", "k", "warps"),
-    [(9, 64, 18), (9, 64, 4), (24, 24, 24), (1, 576, 18), (7, 96, 21), (16, 8, 5), (3, 328, 22)],
+    [(9, 64, 18), (9, 64, 4), (24, 24, 24), (1, 576, 18), (7, 96, 21), (16, 8, 5), (3, 328, 22), (40, 32, 6)],
     ids=lambda size: str(size),
 )
 @pytest.mark.parametrize("together", [1, 3, 8])
-def test_blocks_of_some_tokens(together: int, m: int, k: int, warps: int) -> None:
-    """Block-diagonal maps by tensor cores: more tokens than a block has, fewer, and as many; all matrices at once."""
+@pytest.mark.parametrize("form", ["rows", "left", "rows left", "right left"])
+def test_blocks_of_some_tokens(form: str, together: int, m: int, k: int, warps: int) -> None:
+    """Block-diagonal maps and mixings by tensor cores: more tokens than a block has, fewer, and as many."""
     rng = np.random.default_rng(m)
     x = tokens(4, m * k)
-    right = rng.standard_normal((m, k, k)).astype(np.float32)
+    right = rng.standard_normal((m if "rows" in form else 1, k, k)).astype(np.float32) if form != "left" else None
+    left = rng.standard_normal((m, m)).astype(np.float32) if "left" in form else None
     gain = rng.uniform(0.5, 2, m * k).astype(np.float32)
     segments = [(m * k, padded(m * k), 8)]
-    found = quantize(x, segments, right=right, gain=gain, threads=32 * warps, together=together)
+    found = quantize(x, segments, right=right, left=left, gain=gain, threads=32 * warps, together=together)
     wide = x.astype(np.float64)
     normal = wide / np.sqrt((wide**2).mean(1, keepdims=True)) * gain
     codes = natural_order(found.codes)[:, : m * k]
-    assert_codes_fit(codes, found.scale[:, 0], transformed(normal, right, None), 8)
+    assert_codes_fit(codes, found.scale[:, 0], transformed(normal, right, left), 8)
+
+
+@pytest.mark.parametrize(("m", "k"), [(17, 20), (5, 12), (33, 3)], ids=lambda size: str(size))
+def test_heads_of_odd_widths_are_mixed(m: int, k: int) -> None:
+    """Lines and columns that fill no tile, in lines whose octets go across their ends."""
+    x, left = tokens(3, m * k), np.random.default_rng(k).standard_normal((m, m)).astype(np.float32)
+    found = quantize(x, [(m * k, padded(m * k), 8)], left=left, threads=128, together=2)
+    codes = natural_order(found.codes)[:, : m * k]
+    assert_codes_fit(codes, found.scale[:, 0], transformed(x, None, left), 8)
+
+
+def test_permutation_and_two_segments_behind_blocks() -> None:
+    """Channels are found in lines that are apart, permuted or not; a second segment may begin within an octet."""
+    rng = np.random.default_rng(4)
+    x, right = tokens(4, 576), rng.standard_normal((9, 64, 64)).astype(np.float32)
+    y = transformed(x, right, None)
+    for order in (None, rng.permutation(576).astype(np.int32)):
+        moved = y if order is None else y[:, order]
+        found = quantize(x, [(68, 128, 8), (508, 512, 8)], right=right, permutation=order, threads=128, together=2)
+        codes = natural_order(found.codes)
+        assert_codes_fit(codes[:, :68], found.scale[:, 0], moved[:, :68], 8)
+        assert_codes_fit(codes[:, 128:][:, :508], found.scale[:, 1], moved[:, 68:], 8)
 
 
 def natural_order(stored: Array) -> Array:

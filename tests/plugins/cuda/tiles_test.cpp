@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "block_factors.cuh"
+#include "mixing_factor.cuh"
 #include "product.cuh"
 #include "repack.cuh"
 
@@ -177,14 +177,16 @@ void floats_of_an_mma_are_in_different_banks() {
     for (int m = 1; m <= 128; ++m) {
         for (int k = 8; k <= 1024; k += m % 8 ? 8 : 1) {
             const Factors factors = {nullptr, nullptr, m, m, k};
-            std::set<int> lines, tokens;
+            std::set<int> lines, tokens, mixed;
             for (int lane = 0; lane < kLanes; ++lane) {
                 const Place a = a_place<1>(lane, 0, 0), b = b_place<1>(lane, 0, 0);
                 lines.insert((a.row * tiled_stride(k) + a.k) % 32);
                 tokens.insert((b.row * floats_of_token(factors) + b.k) % 32);
+                mixed.insert(mixed_place(factors, 0, 0, lane, 0) % 32);
             }
             expect(lines.size() == kLanes, "lines in the same bank", k);
             expect(tokens.size() == kLanes, "tokens in the same bank", k);
+            expect(m < 4 || mixed.size() == kLanes, "mixed lines in the same bank", k);
         }
     }
 }

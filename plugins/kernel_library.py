@@ -14,6 +14,7 @@ from planish.plugins.native import SOURCES, NativeBuildError
 
 __all__ = [
     "SMALL_TOKENS",
+    "SPREAD_TOKENS",
     "CodeSegment",
     "KernelError",
     "LinearTask",
@@ -29,6 +30,8 @@ __all__ = [
 
 #: The most tokens of planish_small_linear and planish_weight_only_linear's kernel for few of them.
 SMALL_TOKENS = 16
+#: The most tokens whose block-diagonal map planish_quantize_tokens spreads over the GPU, given a workspace.
+SPREAD_TOKENS = 32
 _BUILT = SOURCES.resolve().parents[1] / "build" / "plugins" / "libplanish_kernels.so"
 
 _int, _long, _float, _array = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -79,6 +82,7 @@ class QuantizeTask(ctypes.Structure):
         ("stride", _long),
         ("scales", _array),
         ("zero_sums", _array),
+        ("workspace", _array),
     ]
 
 

@@ -16,6 +16,7 @@ import torch
 from planish.plugins.kernel_layout import KernelWeight, padded_channels
 from planish.plugins.kernel_library import (
     SMALL_TOKENS,
+    SPREAD_TOKENS,
     CodeSegment,
     LinearTask,
     Order,
@@ -34,6 +35,7 @@ __all__ = [
     "best_order",
     "linear",
     "quantize_tokens",
+    "spread_workspace",
     "weight_only_linear",
 ]
 
@@ -152,6 +154,17 @@ def best_order(tokens: int, bits: int, device: torch.device | str = _DEVICE) -> 
     return Order(order.value)
 
 
+def spread_workspace(x: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the workspace in which `quantize_tokens` spreads the map of few tokens, or None where it would not.
+
+    Args:
+        x: the tokens, [tokens, channels].
+        right: as `quantize_tokens` takes it.
+    """
+    spreads = right is not None and right.dim() == 3 and len(right) > 1 and len(x) <= SPREAD_TOKENS
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device) if spreads else None
+
+
 def quantize_tokens(
     x: torch.Tensor,
     segments: Sequence[TokenSegment],
@@ -165,6 +178,7 @@ def quantize_tokens(
     permutation: torch.Tensor | None = None,
     order: Order = Order.LANES,
     out: QuantizedTokens | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> QuantizedTokens:
     """Add a residual, normalise, transform, and quantise tokens; see `cuda/quantize_row.cuh` for the formulas.
 
@@ -180,6 +194,8 @@ def quantize_tokens(
         permutation: int32 [channels], stored channel i is channel permutation[i]; None leaves them in order.
         order: of the codes, what the linear behind takes; see `best_order`.
         out: where the result goes; None makes it.
+        workspace: float32 like x, of `spread_workspace`: spreads a block-diagonal map of a few tokens over the GPU,
+            in a launch of its own; None is one launch.
 
     Raises:
         ValueError: if an argument has the wrong type, shape, device or alignment; the message says which.
@@ -198,6 +214,7 @@ def quantize_tokens(
         raise ValueError("sum_out is given, and no residual to add")
     _check("gain", gain, (torch.float32,), (channels,))
     _check("permutation", permutation, (torch.int32,), (channels,))
+    _check("workspace", workspace, (torch.float32,), (tokens, channels))
     m, k = _factors(channels, right, left)
     if out is None:
         out = QuantizedTokens.empty(tokens, segments, order, x.device)
@@ -207,7 +224,7 @@ def quantize_tokens(
             f"{tokens} of {tuple(segments)}, order {order.name}"
         )
     tensors = {"x": x, "residual": residual, "sum_out": sum_out, "gain": gain, "right": right, "left": left,
-               "permutation": permutation, "out.codes": out.codes}  # fmt: skip
+               "permutation": permutation, "out.codes": out.codes, "workspace": workspace}  # fmt: skip
     _same_device(tensors)
     task = QuantizeTask(
         x=address(x), residual=address(residual), sum=address(sum_out), gain=address(gain), epsilon=epsilon,
@@ -216,7 +233,7 @@ def quantize_tokens(
         segments=(CodeSegment * 2)(*(CodeSegment(s.channels, s.padded, s.bits, s.clip) for s in segments)),
         segment_count=len(segments), type=TYPES[x.dtype], order=order, channels=channels, tokens=tokens,
         codes=address(out.codes), stride=out.codes.shape[1], scales=address(out.scales),
-        zero_sums=address(out.zero_sums),
+        zero_sums=address(out.zero_sums), workspace=address(workspace),
     )  # fmt: skip
     launch(kernel_library(), "planish_quantize_tokens", task, x.device)
     return out

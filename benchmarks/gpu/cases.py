@@ -17,6 +17,7 @@ from planish.plugins.torch_ops import (
     best_order,
     linear,
     quantize_tokens,
+    spread_workspace,
     weight_only_linear,
 )
 
@@ -210,7 +211,8 @@ def quantise_case(model: str, shape: Shape, tokens: int, what: str, goal: float 
         for _ in range(copies_for(tokens * shape.channels * 2) if tokens > 16 else 8):
             x = random_halves(tokens, shape.channels, device=device)
             out, copied = QuantizedTokens.empty(tokens, segments, order, device), torch.empty_like(x)
-            ours.append(lambda x=x, out=out: quantize_tokens(x, segments, order=order, out=out, **factors))  # type: ignore[misc]
+            room = {"out": out, "workspace": spread_workspace(x, factors.get("right"))}
+            ours.append(lambda x=x, room=room: quantize_tokens(x, segments, order=order, **room, **factors))  # type: ignore[misc]
             peer.append(lambda x=x, copied=copied: copied.copy_(x))  # type: ignore[misc]
         return Pair(ours, peer)
 

@@ -21,7 +21,7 @@ from planish.compiler.learn.block import Angles
 from planish.plugins.byte_linear import byte_linear
 from planish.plugins.kernel_library import Order
 from planish.plugins.kv_ops import PackedCache, append_kv, attend_kv, attention_workspace
-from planish.plugins.torch_ops import best_order, linear, quantize_tokens
+from planish.plugins.torch_ops import best_order, linear, quantize_tokens, spread_workspace
 
 __all__ = ["Decoder"]
 
@@ -214,7 +214,10 @@ def _normed(weights: LinearWeights, hidden: Tensor, added: Tensor | None) -> tup
 def _linear(weights: LinearWeights, x: Tensor, residual: Tensor | None = None, sum_out: Tensor | None = None) -> Tensor:
     """Return the linear of `x`, float32 [n, channels], with `residual` added to it first, float32 [n, rows]."""
     order = best_order(len(x), max(segment.bits for segment in weights.segments), x.device)
-    tokens = quantize_tokens(x, weights.segments, residual=residual, sum_out=sum_out, order=order, **weights.prologue)
+    workspace = spread_workspace(x, weights.prologue.get("right"))
+    tokens = quantize_tokens(
+        x, weights.segments, residual=residual, sum_out=sum_out, order=order, workspace=workspace, **weights.prologue
+    )
     return linear(tokens, weights.low, weights.high, dtype=torch.float32, gated=weights.gated)
 
 

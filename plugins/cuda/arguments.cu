@@ -148,7 +148,12 @@ int read_quantize(const planish_quantize& task, RowQuantization& row) {
     if (!task.x || !task.codes || !task.scales || !task.zero_sums || (task.sum && !task.residual)) {
         return fail(PLANISH_BAD_ARGUMENT, "planish_quantize_tokens lacks one of its arrays");
     }
-    if (!aligned(task.codes)) return fail(PLANISH_BAD_ARGUMENT, "codes begin at a multiple of 16 bytes");
+    if (!aligned(task.codes) || !aligned(task.workspace)) {
+        return fail(PLANISH_BAD_ARGUMENT, "codes and workspace begin at multiples of 16 bytes");
+    }
+    if (task.workspace && task.sum && (task.sum == task.x || task.sum == task.residual)) {
+        return fail(PLANISH_BAD_ARGUMENT, "with a workspace, the sum is neither x nor the residual");
+    }
     row.channels = task.channels;
     row.gain = task.gain;
     row.epsilon = task.epsilon;

@@ -62,6 +62,9 @@ struct planish_quantize {
     int64_t stride;     /* bytes from token to token, a multiple of 16 */
     float* scales;      /* [tokens][segment_count] */
     int32_t* zero_sums; /* [tokens][segment_count][2]: zero point, sum of codes with padding */
+    float* workspace;   /* [tokens][channels] for up to PLANISH_SPREAD_TOKENS tokens: where right_count is m, a token's
+                           map is spread over the GPU in a launch of its own; null is one launch. `sum` is then neither
+                           x nor residual */
 };
 
 /* The weights of one segment, in kernel layout; see planish.plugins.kernel_layout. */
@@ -107,6 +110,9 @@ struct planish_weight_only {
     int64_t stride; /* elements from token to token, a multiple of 8, channels at least */
     void* y;
 };
+
+/* The most tokens whose block-diagonal map is spread. */
+#define PLANISH_SPREAD_TOKENS 32
 
 /* The most tokens that planish_small_linear takes; it takes them in the order PLANISH_LANES. */
 #define PLANISH_SMALL_TOKENS 16

@@ -4,11 +4,12 @@
 // token's own time shorter.
 #pragma once
 
-#include "quantize_row.cuh"
+#include "planish_kernels.h"
+#include "spread_blocks.cuh"
 
 namespace planish {
 
-constexpr int kFewTokens = 32;
+constexpr int kFewTokens = PLANISH_SPREAD_TOKENS;
 // What a kernel has of shared memory besides its tokens: a word to a warp, and what CUDA keeps for itself.
 constexpr int kScratchBytes = (kMaxThreads / 32) * static_cast<int>(sizeof(int32_t)) + (1 << 10);
 
@@ -28,6 +29,11 @@ inline int threads_of_cores(const Factors& factors, int channels, int values) {
         if (stride * values >= channels) return threads;
     }
     return 0;
+}
+
+// Lines of a token to a block of threads where its map is spread over a workspace; 0 where it is not.
+inline int plan_spread(const planish_quantize& task, const Factors& factors) {
+    return task.workspace && task.tokens <= kFewTokens ? lines_of_share(factors, task.tokens) : 0;
 }
 
 // `shared_bytes` is what a block may have.

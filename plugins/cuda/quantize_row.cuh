@@ -69,6 +69,11 @@ PLANISH_HD void clear_padding(const Factors& factors, float* row, Block& block) 
     });
 }
 
+// What the norm multiplies a token with, given the sum of its squares.
+PLANISH_HD float inverse_size(const RowQuantization& task, float squares) {
+    return divide(1.0f, sqrtf(divide(squares, static_cast<float>(task.channels)) + task.epsilon));
+}
+
 template <class Block>
 PLANISH_HD void normalise_row(const RowQuantization& task, const RowLines& lines, float* row, Block& block) {
     typename Block::template PerThread<float> squares;
@@ -78,8 +83,7 @@ PLANISH_HD void normalise_row(const RowQuantization& task, const RowLines& lines
                      [&](int, float& value) { sum += value * value; });
         squares[thread] = sum;
     });
-    const float mean = divide(block.total(squares), static_cast<float>(task.channels));
-    const float inverse = divide(1.0f, sqrtf(mean + task.epsilon));
+    const float inverse = inverse_size(task, block.total(squares));
     block.each([&](int thread) {
         each_channel(lines, task.channels, row, thread, block.threads(),
                      [&](int i, float& value) { value = value * inverse * task.gain[i]; });

@@ -24,21 +24,29 @@ __device__ __forceinline__ float to_float(T value) {
     return static_cast<float>(value);
 }
 
+// Channel `at` of all tokens, with its residual.
+template <class T>
+__device__ __forceinline__ float read_channel(const Io& io, int64_t at) {
+    const float value = to_float(static_cast<const T*>(io.x)[at]);
+    if (!io.residual) return value;
+    return to_float(static_cast<T>(value + to_float(static_cast<const T*>(io.residual)[at])));
+}
+
+// Stores what read_channel gave, which is of type T.
+template <class T>
+__device__ __forceinline__ void store_sum(const Io& io, int64_t at, float value) {
+    if (io.sum) static_cast<T*>(io.sum)[at] = static_cast<T>(value);
+}
+
 // Reads a token into shared memory.
 template <class T>
 __device__ __forceinline__ void read_token(const RowQuantization& task, const Io& io, int64_t token,
                                            const RowLines& lines, float* row, DeviceBlock& block) {
     const int64_t first = token * task.channels;
-    const T* x = static_cast<const T*>(io.x) + first;
     const auto thread = static_cast<int>(threadIdx.x);
     each_channel(lines, task.channels, row, thread, block.threads(), [&](int i, float& place) {
-        float value = to_float(x[i]);
-        if (io.residual) {
-            const T sum = static_cast<T>(value + to_float(static_cast<const T*>(io.residual)[first + i]));
-            if (io.sum) static_cast<T*>(io.sum)[first + i] = sum;
-            value = to_float(sum);
-        }
-        place = value;
+        place = read_channel<T>(io, first + i);
+        store_sum<T>(io, first + i, place);
     });
 }
 
@@ -86,6 +94,19 @@ __global__ void __launch_bounds__(kMaxThreads)
     quantize_rows(task, rows, [&](int i) { return output_of(task, io, first + i); }, block);
 }
 
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    spread_blocks(const __grid_constant__ RowQuantization task, const __grid_constant__ Io io, float* out, int lines) {
+    extern __shared__ __align__(16) float row[];
+    __shared__ int32_t scratch[kMaxThreads / 32];
+    DeviceBlock block(scratch);
+    const int64_t first = int64_t{blockIdx.y} * task.channels;
+    spread_lines(
+        task, share_of(task.factors, lines, static_cast<int>(blockIdx.x)), row, out + first,
+        [&](int i) { return read_channel<T>(io, first + i); },
+        [&](int i, float value) { store_sum<T>(io, first + i, value); }, block);
+}
+
 template <class Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {
     if (bytes <= kFreeSharedBytes) return;
@@ -131,6 +152,27 @@ int launch(const RowQuantization& task, const Io& io, int64_t tokens, cudaStream
                  : launch_rows<T, 16, false>(task, io, tokens, plan, stream);
 }
 
+// The map of every token in `lines` of its lines at a time, into the workspace; then what is behind it.
+template <class T>
+int launch_spread(const RowQuantization& task, const Io& io, int64_t tokens, float* workspace, int lines,
+                  cudaStream_t stream) {
+    const size_t bytes = floats_of_token(factors_of(task.factors, {0, lines})) * sizeof(float);
+    const dim3 blocks(static_cast<unsigned>(ceil_div(task.factors.m, lines)), static_cast<unsigned>(tokens));
+    allow_shared(spread_blocks<T>, bytes);
+    spread_blocks<T><<<blocks, threads_of_share(task.factors), bytes, stream>>>(task, io, workspace, lines);
+    if (const int status = launched("planish_quantize_tokens")) return status;
+    const Io behind = {workspace, nullptr, nullptr, io.codes, io.stride, io.scales, io.sums};
+    return launch<float>(behind_spread(task), behind, tokens, stream);
+}
+
+template <class T>
+int launch_any(const planish_quantize& task, const RowQuantization& row, const Io& io, cudaStream_t stream) {
+    if (const int lines = plan_spread(task, row.factors)) {
+        return launch_spread<T>(row, io, task.tokens, task.workspace, lines, stream);
+    }
+    return launch<T>(row, io, task.tokens, stream);
+}
+
 }  // namespace
 }  // namespace planish
 
@@ -146,7 +188,7 @@ extern "C" int planish_quantize_tokens(const planish_quantize* task, void* strea
                    task->scales,
                    reinterpret_cast<TokenSum*>(task->zero_sums)};
     const auto on = static_cast<cudaStream_t>(stream);
-    if (task->type == PLANISH_FLOAT16) return launch<__half>(row, io, task->tokens, on);
-    if (task->type == PLANISH_BFLOAT16) return launch<__nv_bfloat16>(row, io, task->tokens, on);
-    return launch<float>(row, io, task->tokens, on);
+    if (task->type == PLANISH_FLOAT16) return launch_any<__half>(*task, row, io, on);
+    if (task->type == PLANISH_BFLOAT16) return launch_any<__nv_bfloat16>(*task, row, io, on);
+    return launch_any<float>(*task, row, io, on);
 }

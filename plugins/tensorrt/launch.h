@@ -26,6 +26,7 @@ template <class Node>
 size_t workspace_bytes(const Node&, const std::vector<Shape>&) {
     return 0;
 }
+size_t workspace_bytes(const PlanishQuantizeTokens& node, const std::vector<Shape>& largest);
 size_t workspace_bytes(const PlanishKvAttend& node, const std::vector<Shape>& largest);
 
 // Enqueue a copy between two places of device memory, and zeros; the results are statuses of planish_kernels.h.

@@ -41,7 +41,14 @@ int launch(const PlanishQuantizeTokens& node, const Call& call) {
     if (const int status = planish_best_order(task.tokens, most_bits, &task.order)) return status;
     task.scales = static_cast<float*>(call.outputs[Node::kScales]);
     task.zero_sums = static_cast<int32_t*>(call.outputs[Node::kZeroSums]);
+    if (task.tokens <= PLANISH_SPREAD_TOKENS) task.workspace = static_cast<float*>(call.workspace);
     return planish_quantize_tokens(&task, call.stream);
+}
+
+size_t workspace_bytes(const PlanishQuantizeTokens& node, const std::vector<Shape>& largest) {
+    if (node.right_count < 2) return 0;
+    const int64_t tokens = std::min<int64_t>(leading_size(largest[0]), PLANISH_SPREAD_TOKENS);
+    return static_cast<size_t>(tokens * node.width()) * sizeof(float);
 }
 
 }  // namespace planish::plugin

@@ -123,7 +123,12 @@ def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
         ({"stride": 776}, "776 bytes apart"),
         ({"x": None}, "planish_quantize_tokens lacks one of its arrays"),
         ({"sum": SOMEWHERE}, "lacks one of its arrays"),
-        ({"codes": SOMEWHERE + 8}, "codes begin at a multiple of 16 bytes"),
+        ({"codes": SOMEWHERE + 8}, "codes and workspace begin at multiples of 16 bytes"),
+        ({"workspace": SOMEWHERE + 4}, "codes and workspace begin at multiples of 16 bytes"),
+        (
+            {"workspace": SOMEWHERE, "sum": SOMEWHERE, "residual": SOMEWHERE},
+            "with a workspace, the sum is neither x nor the residual",
+        ),
     ],
 )
 def test_quantisation_refuses(library: ctypes.CDLL, changes: dict[str, object], message: str) -> None:

@@ -77,6 +77,8 @@ def test_types_and_shapes_of_tokens() -> None:
         quantize_tokens(x, SEGMENTS, gain=torch.zeros(95))
     with refused(r"permutation is torch\.int64, and must be torch\.int32"):
         quantize_tokens(x, SEGMENTS, permutation=torch.arange(96))
+    with refused(r"workspace is \[2, 95\], and must be \[2, 96\]"):
+        quantize_tokens(x, SEGMENTS, workspace=torch.zeros(2, 95))
     with refused("8-bit weights have no kernel layout"):
         quantize_tokens(x, [TokenSegment(96, 3, 8)])
     with refused("out is made for 3 tokens of"):

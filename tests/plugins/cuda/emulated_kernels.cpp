@@ -172,23 +172,33 @@ void weight_only(const WeightOnlyLinear& linear, int warps, int threads) {
     }
 }
 
-// Reads a token, as a block of threads does.
-void read_token(const planish_quantize& task, const RowLines& lines, int64_t token, float* values, HostBlock& block) {
-    const auto read = [&](const void* from, int64_t at) {
+// Channel `at` of all tokens, with its residual, of the type that tokens have.
+float read_channel(const planish_quantize& task, int64_t at) {
+    const auto read = [&](const void* from) {
         return task.type == PLANISH_FLOAT32 ? static_cast<const float*>(from)[at]
                                             : static_cast<float>(static_cast<const _Float16*>(from)[at]);
     };
+    if (!task.residual) return read(task.x);
+    const float sum = read(task.x) + read(task.residual);
+    return task.type == PLANISH_FLOAT32 ? sum : static_cast<float>(static_cast<_Float16>(sum));
+}
+
+void store_sum(const planish_quantize& task, int64_t at, float value) {
+    if (!task.sum) return;
+    if (task.type == PLANISH_FLOAT32) {
+        static_cast<float*>(task.sum)[at] = value;
+    } else {
+        static_cast<_Float16*>(task.sum)[at] = static_cast<_Float16>(value);
+    }
+}
+
+// Reads a token, as a block of threads does.
+void read_token(const planish_quantize& task, const RowLines& lines, int64_t token, float* values, HostBlock& block) {
+    const int64_t first = token * task.channels;
     block.each([&](int thread) {
         each_channel(lines, task.channels, values, thread, block.threads(), [&](int i, float& place) {
-            const int64_t at = token * task.channels + i;
-            place = read(task.x, at);
-            if (!task.residual) return;
-            place += read(task.residual, at);
-            if (task.type != PLANISH_FLOAT32) place = static_cast<float>(static_cast<_Float16>(place));
-            if (task.sum && task.type == PLANISH_FLOAT32) static_cast<float*>(task.sum)[at] = place;
-            if (task.sum && task.type != PLANISH_FLOAT32) {
-                static_cast<_Float16*>(task.sum)[at] = static_cast<_Float16>(place);
-            }
+            place = read_channel(task, first + i);
+            store_sum(task, first + i, place);
         });
     });
 }
@@ -222,6 +232,20 @@ void quantize_blocks(const planish_quantize& task, const RowQuantization& row, i
             read_token(task, lines_of_blocks(row.factors), first + i, values.data() + i * floats, block);
         }
         quantize_rows(row, rows, [&](int i) { return output_of(task, first + i); }, block);
+    }
+}
+
+void spread(const planish_quantize& task, const RowQuantization& row, int lines) {
+    for (int64_t token = 0; token < task.tokens; ++token) {
+        const int64_t first = token * task.channels;
+        for (int part = 0; part < ceil_div(row.factors.m, lines); ++part) {
+            const LineShare share = share_of(row.factors, lines, part);
+            auto values = shared_floats(floats_of_token(factors_of(row.factors, share)));
+            HostBlock block(threads_of_share(row.factors));
+            spread_lines(
+                row, share, values.data(), task.workspace + first, [&](int i) { return read_channel(task, first + i); },
+                [&](int i, float value) { store_sum(task, first + i, value); }, block);
+        }
     }
 }
 
@@ -287,6 +311,15 @@ int planish_best_order(int64_t, int32_t, int32_t* order) { return *order = PLANI
 int planish_quantize_tokens(const planish_quantize* task, void*) {
     RowQuantization row = {};
     if (const int status = read_quantize(*task, row)) return status;
+    if (const int lines = plan_spread(*task, row.factors)) {
+        spread(*task, row, lines);
+        planish_quantize behind = *task;
+        behind.x = task->workspace;
+        behind.type = PLANISH_FLOAT32;
+        behind.residual = behind.gain = behind.right = behind.workspace = nullptr;
+        behind.sum = nullptr;
+        return planish_quantize_tokens(&behind, nullptr);
+    }
     const QuantizePlan plan = plan_quantization(row, task->tokens, kSharedBytes);
     if (plan.path == QuantizePath::kBlocks) {
         return planish_emulate_quantize_blocks(task, plan.threads, plan.together);

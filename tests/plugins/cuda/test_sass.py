@@ -28,6 +28,7 @@ EXPECTED = {
         "quantize_cores": ("FFMA", 64),
         "quantize_tiles": ("HMMA.1688.F32.TF32", 64),
         "quantize_blocks": ("HMMA.1688.F32.TF32", 64),
+        "spread_blocks": ("HMMA.1688.F32.TF32", 64),
     },
     "append_kv": {"append_kv": ("SHFL", 128)},
     "attend_kv": {"attend_few": ("HMMA.16816.F32", 128), "attend_many": ("HMMA.16816.F32", 255)},

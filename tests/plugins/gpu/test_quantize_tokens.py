@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from planish.plugins.kernel_library import Order
-from planish.plugins.torch_ops import QuantizedTokens, TokenSegment, quantize_tokens
+from planish.plugins.torch_ops import QuantizedTokens, TokenSegment, quantize_tokens, spread_workspace
 from tests.kernel_reference import Poisoned, natural_codes, poisoned_tokens
 
 WIDTHS = [8, 576, 1536]
@@ -101,6 +101,41 @@ def test_transforms(form: str, device: torch.device) -> None:
                 out=poisoned_tokens(count, segments, Order.LANES, device),
             )
             check_close(found, wide.reshape(count, -1))
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_map_spread_over_the_gpu(dtype: torch.dtype, mixed: bool, device: torch.device) -> None:
+    """In a launch of its own, with the residual and the norm in front; what does not spread leaves the workspace."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(9, 64), (24, 24), (2, 288), (7, 48)]
+    shapes += [(64, 64), (448, 32), (172, 64), (112, 128)] if device.type == "cuda" else []
+    for m, k in shapes:
+        right, left = torch.randn(m, k, k, generator=generator) / k**0.5, torch.randn(m, m, generator=generator)
+        gain = torch.rand(m * k, generator=generator) + 0.5
+        for count in (1, 5, 32, 33):
+            x, residual = (random_tokens(count, m * k, dtype, seed) for seed in (m, k))
+            total, room = (Poisoned((count, m * k), each, device) for each in (dtype, torch.float32))
+            assert (spread_workspace(x, right) is None) == (count > 32)
+            segments = [TokenSegment(m * k, 8, 3)]
+            found = quantize_tokens(
+                x.to(device), segments, residual=residual.to(device), sum_out=total.tensor, gain=gain.to(device),
+                epsilon=1e-5, right=right.to(device), left=left.to(device) if mixed else None,
+                out=poisoned_tokens(count, segments, Order.LANES, device), workspace=room.tensor,
+            )  # fmt: skip
+            added = x + residual
+            assert torch.equal(total.tensor.cpu(), added)
+            wide = added.double()
+            normal = wide / (wide.square().mean(1, keepdim=True) + 1e-5).sqrt() * gain
+            lines = torch.einsum("tmk,mkj->tmj", normal.view(count, m, k), right.double())
+            expected = torch.einsum("lm,tlk->tmk", left.double(), lines) if mixed else lines
+            check_close(found, expected.reshape(count, -1))
+            room.assert_nothing_written_behind()
+            if count > 32:
+                assert room.tensor.isnan().all()
+            else:
+                spread = room.tensor.cpu().double()
+                assert (spread - lines.reshape(count, -1)).abs().max() <= 1e-4 * lines.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

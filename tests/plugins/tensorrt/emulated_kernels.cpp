@@ -1,5 +1,5 @@
-// The C interface of the kernels on the host, in float32 and one loop after the other: what the plugin library is tested
-// with where there is no GPU. "Device" memory is memory. Whatever a call would enqueue is done when it returns.
+// The C interface of the kernels on the host, in float32 and one loop after the other: what the plugin library is
+// tested with where there is no GPU. "Device" memory is memory. Whatever a call would enqueue is done when it returns.
 
 #include <algorithm>
 #include <cmath>
@@ -44,7 +44,7 @@ std::vector<float> normed(const planish_quantize& task, int64_t token) {
     return row;
 }
 
-std::vector<float> transformed(const planish_quantize& task, std::vector<float> row) {
+std::vector<float> transformed(const planish_quantize& task, int64_t token, std::vector<float> row) {
     std::vector<float> made(row.size());
     const int m = task.m, k = task.k;
     if (task.right) {
@@ -55,6 +55,9 @@ std::vector<float> transformed(const planish_quantize& task, std::vector<float> 
                 for (int l = 0; l < k; ++l) sum += row[i * k + l] * right[l * k + j];
                 made[i * k + j] = sum;
             }
+        }
+        if (task.workspace && task.right_count > 1 && task.tokens <= PLANISH_SPREAD_TOKENS) {
+            std::copy(made.begin(), made.end(), task.workspace + token * task.channels);
         }
         row = made;
     }
@@ -185,7 +188,7 @@ extern "C" {
 int planish_quantize_tokens(const planish_quantize* task, void*) {
     if (task->type != PLANISH_FLOAT32) return fail("emulated in float32 only");
     for (int64_t token = 0; token < task->tokens; ++token) {
-        const std::vector<float> row = transformed(*task, normed(*task, token));
+        const std::vector<float> row = transformed(*task, token, normed(*task, token));
         int64_t from = 0, to = token * task->stride;
         for (int s = 0; s < task->segment_count; ++s) {
             const planish_code_segment& segment = task->segments[s];

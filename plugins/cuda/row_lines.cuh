@@ -36,10 +36,6 @@ PLANISH_HD void each_channel(const RowLines& lines, int channels, float* row, in
     }
 }
 
-struct alignas(16) FloatQuad {
-    float value[4];
-};
-
 struct Octet {
     float value[8];
 };
@@ -61,9 +57,13 @@ PLANISH_HD Octet load_octet(const RowPart& part, int octet) {
     const bool whole =
         !part.permutation && left >= 8 && part.first % 8 == 0 && (is_one_run(part.lines) || part.lines.k % 8 == 0);
     if (whole) {
-        const auto* quads = reinterpret_cast<const FloatQuad*>(part.row + place_of(part.lines, i));
+        const auto* quads = reinterpret_cast<const Quad*>(part.row + place_of(part.lines, i));
         PLANISH_UNROLL
-        for (int j = 0; j < 8; ++j) loaded.value[j] = quads[j / 4].value[j % 4];
+        for (int half = 0; half < 2; ++half) {
+            const Quad words = quads[half];
+            PLANISH_UNROLL
+            for (int j = 0; j < 4; ++j) loaded.value[4 * half + j] = float_of_bits(words.word[j]);
+        }
         return loaded;
     }
     PLANISH_UNROLL

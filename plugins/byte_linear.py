@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from planish.plugins.kernel_library import Order
-from planish.plugins.torch_ops import QuantizedTokens, TokenSegment
+from planish.plugins.token_ops import QuantizedTokens, TokenSegment
 
 __all__ = ["ByteWeight", "byte_linear"]
 

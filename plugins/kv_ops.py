@@ -12,13 +12,10 @@ import torch
 
 from planish.plugins.kernel_library import call
 from planish.plugins.kv_library import PAGE_TOKENS, AppendTask, AttendTask, CacheArrays, TokenCounts, kv_library
-from planish.plugins.on_tensors import TYPES, address, launch, on_device_of
+from planish.plugins.on_tensors import DEVICE, TYPES, address, check_on_gpu, launch, on_device_of
 from planish.plugins.packing import packed_size
 
 __all__ = ["PackedCache", "append_kv", "attend_kv", "attention_workspace"]
-
-#: Where tensors must be.
-_DEVICE = "cuda"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,7 +50,7 @@ class PackedCache:
         first: int = 0,
         pages: torch.Tensor | None = None,
         blocks: int | None = None,
-        device: torch.device | str = _DEVICE,
+        device: torch.device | str = DEVICE,
     ) -> "PackedCache":
         """Return a cache, not initialised, for `capacity` tokens to a sequence.
 
@@ -249,7 +246,7 @@ def _vectors(name: str, x: torch.Tensor, heads: int, head_dim: int, like: torch.
     together = x.stride(3) == 1 and (heads == 1 or x.stride(2) == head_dim)
     if not together or (batch > 1 and x.stride(0) != tokens * stride):
         raise ValueError(f"{name} have strides {x.stride()}: heads of a token lie side by side, tokens at one distance")
-    _on_device(name, x)
+    check_on_gpu(name, x, "are")
     return stride
 
 
@@ -273,12 +270,7 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int
         raise ValueError(
             f"{name} are {tensor.dtype} {list(tensor.shape)}, and must be {dtype} {list(shape)}, contiguous"
         )
-    _on_device(name, tensor)
-
-
-def _on_device(name: str, tensor: torch.Tensor) -> None:
-    if tensor.device.type != _DEVICE:
-        raise ValueError(f"{name} are on {tensor.device}; kernels take tensors on {_DEVICE}")
+    check_on_gpu(name, tensor, "are")
 
 
 def _plan(task: AttendTask, device: torch.device) -> None:

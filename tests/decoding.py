@@ -23,9 +23,9 @@ from planish.compiler.verify.oracle import Oracle
 from planish.passes.high_impact import SUFFIXES, Segment
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import Transforms
-from planish.plugins import torch_ops
+from planish.plugins import token_ops
 from planish.plugins.packing import unpack
-from planish.plugins.torch_ops import QuantizedTokens
+from planish.plugins.token_ops import QuantizedTokens
 from tests.kernel_reference import natural_codes
 
 __all__ = ["Agreement", "Run", "compare"]
@@ -52,7 +52,7 @@ class Run:
 
     def __init__(self, decoder: Decoder, prompt: list[int], tokens: int) -> None:
         made: list[QuantizedTokens] = []
-        quantize = torch_ops.quantize_tokens
+        quantize = token_ops.quantize_tokens
 
         def recording(*arguments: Any, **named: Any) -> QuantizedTokens:
             made.append(quantize(*arguments, **named))

@@ -11,8 +11,9 @@ import torch
 
 from planish.plugins.kernel_layout import pack_for_kernel
 from planish.plugins.kernel_library import Order
+from planish.plugins.linear_ops import DeviceWeight
 from planish.plugins.packing import pack
-from planish.plugins.torch_ops import DeviceWeight, QuantizedTokens, TokenSegment
+from planish.plugins.token_ops import QuantizedTokens, TokenSegment
 
 __all__ = ["Channels", "Poisoned", "natural_codes", "poisoned_tokens", "quantized", "stored"]
 

@@ -10,16 +10,8 @@ import torch
 
 from benchmarks.gpu.shapes import LAYERS, Shape, copies_for, linear_bytes
 from planish.plugins.kernel_layout import padded_channels
-from planish.plugins.torch_ops import (
-    DeviceWeight,
-    QuantizedTokens,
-    TokenSegment,
-    best_order,
-    linear,
-    quantize_tokens,
-    spread_workspace,
-    weight_only_linear,
-)
+from planish.plugins.linear_ops import DeviceWeight, linear, weight_only_linear
+from planish.plugins.token_ops import QuantizedTokens, TokenSegment, best_order, quantize_tokens, spread_workspace
 
 __all__ = ["Case", "Pair", "all_cases"]
 

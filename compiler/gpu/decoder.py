@@ -21,7 +21,8 @@ from planish.compiler.learn.block import Angles
 from planish.plugins.byte_linear import byte_linear
 from planish.plugins.kernel_library import Order
 from planish.plugins.kv_ops import PackedCache, append_kv, attend_kv, attention_workspace
-from planish.plugins.torch_ops import best_order, linear, quantize_tokens, spread_workspace
+from planish.plugins.linear_ops import linear
+from planish.plugins.token_ops import best_order, quantize_tokens, spread_workspace
 
 __all__ = ["Decoder"]
 

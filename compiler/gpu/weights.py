@@ -20,9 +20,10 @@ from planish.passes.high_impact import SUFFIXES
 from planish.passes.online import factors_of
 from planish.plugins.byte_linear import ByteWeight
 from planish.plugins.kernel_layout import KERNEL_BITS, TILE_ROWS, gated_rows, pack_for_kernel
+from planish.plugins.linear_ops import DeviceWeight
 from planish.plugins.ops import append_kv, matmul
 from planish.plugins.packing import PACKED_BITS
-from planish.plugins.torch_ops import DeviceWeight, TokenSegment
+from planish.plugins.token_ops import TokenSegment
 
 __all__ = ["Head", "KeyMaps", "LayerWeights", "LinearWeights", "Prologue", "Weights", "read_weights"]
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from benchmarks.gpu import attention
 from benchmarks.gpu.attention import GOALS, HEADS, Case, Row, all_cases, main, table_of
-from planish.plugins import kv_ops
+from planish.plugins import kv_ops, on_tensors
 from tests.kv_emulation import library
 
 
@@ -38,7 +38,7 @@ def test_the_table() -> None:
 
 @pytest.mark.parametrize("what", ["attend", "append"])
 def test_our_calls(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_ops, "_DEVICE", "cpu")
+    monkeypatch.setattr(on_tensors, "DEVICE", "cpu")
     monkeypatch.setattr(kv_ops, "kv_library", library)
     monkeypatch.setattr(attention, "copies_for", lambda size: 2)
     case = dataclasses.replace(next(iter(all_cases())), what=what, kv_heads=8, tokens=128, batch=1, new=3)

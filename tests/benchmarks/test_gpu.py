@@ -11,7 +11,7 @@ from rich.console import Console
 from benchmarks.gpu import __main__ as benchmark
 from benchmarks.gpu import cases
 from benchmarks.gpu.shapes import LAYERS, ROTATED_BYTES, Ceilings, Shape, copies_for, floor, linear_bytes
-from planish.plugins import torch_ops
+from planish.plugins import linear_ops, on_tensors, token_ops
 from planish.plugins.kernel_library import Order
 from tests.kernel_emulation import emulated_kernels
 
@@ -100,8 +100,9 @@ def test_no_row() -> None:
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Kernels emulated on the host, and few copies."""
-    monkeypatch.setattr(torch_ops, "_DEVICE", "cpu")
-    monkeypatch.setattr(torch_ops, "kernel_library", emulated_kernels)
+    monkeypatch.setattr(on_tensors, "DEVICE", "cpu")
+    for module in (token_ops, linear_ops):
+        monkeypatch.setattr(module, "kernel_library", emulated_kernels)
     monkeypatch.setattr(cases, "copies_for", lambda size: 2)
     return torch.device("cpu")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from planish.plugins import kv_ops
+from planish.plugins import on_tensors
 from planish.plugins.kernel_library import call
 from planish.plugins.kv_library import AppendTask, AttendTask, CacheArrays, TokenCounts
 from planish.plugins.kv_ops import PackedCache, append_kv, attend_kv
@@ -160,7 +160,7 @@ def test_tensors_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     past, x = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 4, 2, 64)
     with pytest.raises(ValueError, match="keys are on cpu; kernels take tensors on cuda"):
         append_kv(cache, past, x, x)
-    monkeypatch.setattr(kv_ops, "_DEVICE", "cpu")
+    monkeypatch.setattr(on_tensors, "DEVICE", "cpu")
     with pytest.raises(ValueError, match=r"values are \[1, 4, 1, 64\], and must be \[1, 4, 2, 64\]"):
         append_kv(cache, past, x, x[:, :, :1])
     with pytest.raises(ValueError, match=r"keys have strides .*: heads of a token lie side by side"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from planish.plugins import kv_ops, torch_ops
+from planish.plugins import kv_ops, linear_ops, on_tensors, token_ops
 from tests.kernel_emulation import emulated_kernels
 from tests.kv_emulation import library
 
@@ -14,9 +14,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         if not torch.cuda.is_available():
             pytest.skip(f"PyTorch {torch.__version__} finds no GPU")
         return torch.device("cuda")
-    for module in (torch_ops, kv_ops):
-        monkeypatch.setattr(module, "_DEVICE", "cpu")
-    monkeypatch.setattr(torch_ops, "kernel_library", emulated_kernels)
+    monkeypatch.setattr(on_tensors, "DEVICE", "cpu")
+    for module in (token_ops, linear_ops):
+        monkeypatch.setattr(module, "kernel_library", emulated_kernels)
     monkeypatch.setattr(kv_ops, "kv_library", library)
     library().planish_choose(1, 0, 0)
     return torch.device("cpu")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from planish.plugins import torch_ops
+from planish.plugins import linear_ops, on_tensors, token_ops
 from tests.kernel_emulation import emulated_kernels
 
 
@@ -18,6 +18,7 @@ def gpu() -> torch.device:
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if request.param == "cuda":
         return request.getfixturevalue("gpu")
-    monkeypatch.setattr(torch_ops, "_DEVICE", "cpu")
-    monkeypatch.setattr(torch_ops, "kernel_library", emulated_kernels)
+    monkeypatch.setattr(on_tensors, "DEVICE", "cpu")
+    for module in (token_ops, linear_ops):
+        monkeypatch.setattr(module, "kernel_library", emulated_kernels)
     return torch.device("cpu")

@@ -6,7 +6,7 @@ import torch
 
 from planish.plugins.byte_linear import ByteWeight, byte_linear
 from planish.plugins.kernel_library import Order
-from planish.plugins.torch_ops import quantize_tokens
+from planish.plugins.token_ops import quantize_tokens
 from tests.kernel_reference import natural_codes, poisoned_tokens
 
 

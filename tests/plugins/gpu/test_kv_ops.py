@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from planish.plugins import kv_ops
+from planish.plugins import kv_ops, on_tensors
 from planish.plugins.kv_library import PAGE_TOKENS
 from planish.plugins.kv_ops import PackedCache, append_kv, attend_kv, attention_workspace
 from planish.plugins.ops import append_kv as append_op
@@ -24,7 +24,7 @@ TOLERANCE = 1e-3
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if request.param == "cuda":
         return request.getfixturevalue("gpu")
-    monkeypatch.setattr(kv_ops, "_DEVICE", "cpu")
+    monkeypatch.setattr(on_tensors, "DEVICE", "cpu")
     monkeypatch.setattr(kv_ops, "kv_library", library)
     library().planish_choose(1, 0, 0)
     return torch.device("cpu")

@@ -5,7 +5,8 @@ import torch
 
 from planish.plugins.kernel_layout import gated_rows
 from planish.plugins.kernel_library import SMALL_TOKENS, Order
-from planish.plugins.torch_ops import TokenSegment, best_order, linear, quantize_tokens, weight_only_linear
+from planish.plugins.linear_ops import linear, weight_only_linear
+from planish.plugins.token_ops import TokenSegment, best_order, quantize_tokens
 from tests.kernel_reference import Channels, Poisoned, quantized
 
 FEW = (1, 2, 3, 8, 9, 16)

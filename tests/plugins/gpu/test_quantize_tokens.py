@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from planish.plugins.kernel_library import Order
-from planish.plugins.torch_ops import QuantizedTokens, TokenSegment, quantize_tokens, spread_workspace
+from planish.plugins.token_ops import QuantizedTokens, TokenSegment, quantize_tokens, spread_workspace
 from tests.kernel_reference import Poisoned, natural_codes, poisoned_tokens
 
 WIDTHS = [8, 576, 1536]

@@ -18,14 +18,8 @@ from planish.compiler.pipeline.compile import compile_recipe
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.progress import Silent
 from planish.plugins.kernel_weights import KernelLinear, kernel_linears
-from planish.plugins.torch_ops import (
-    DeviceWeight,
-    QuantizedTokens,
-    TokenSegment,
-    best_order,
-    linear,
-    quantize_tokens,
-)
+from planish.plugins.linear_ops import DeviceWeight, linear
+from planish.plugins.token_ops import QuantizedTokens, TokenSegment, best_order, quantize_tokens
 from tests.kernel_reference import natural_codes, quantized
 from tests.onnx_run import session
 

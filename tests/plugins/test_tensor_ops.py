@@ -6,18 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from planish.plugins import torch_ops
+from planish.plugins import on_tensors
 from planish.plugins.kernel_layout import pack_for_kernel
 from planish.plugins.kernel_library import Order
+from planish.plugins.linear_ops import DeviceWeight, linear, weight_only_linear
 from planish.plugins.packing import pack
-from planish.plugins.torch_ops import (
-    DeviceWeight,
-    QuantizedTokens,
-    TokenSegment,
-    linear,
-    quantize_tokens,
-    weight_only_linear,
-)
+from planish.plugins.token_ops import QuantizedTokens, TokenSegment, quantize_tokens
 
 SEGMENTS = [TokenSegment(96, 3, 3)]
 
@@ -25,7 +19,7 @@ SEGMENTS = [TokenSegment(96, 3, 3)]
 @pytest.fixture
 def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tensors of the host pass, as those of a GPU would."""
-    monkeypatch.setattr(torch_ops, "_DEVICE", "cpu")
+    monkeypatch.setattr(on_tensors, "DEVICE", "cpu")
 
 
 def weight(rows: int = 32, channels: int = 96, bits: int = 3) -> DeviceWeight:

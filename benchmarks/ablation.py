@@ -29,6 +29,7 @@ from planish.compiler.learn.block import Angles, FloatHooks, Hooks, read_block, 
 from planish.compiler.learn.flatten_block import flatten_block
 from planish.compiler.learn.flattening import held_out_sequences
 from planish.compiler.learn.gradient.refine import Refinement
+from planish.compiler.learn.polish.next_token import Head
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.rounding.site_fit import Steps
 from planish.compiler.learn.streams import Streams
@@ -233,15 +234,12 @@ def run_all(hooks: Hooks, checkpoint: Checkpoint, x: Tensor, angles: Angles) -> 
 @torch.no_grad()
 def perplexity_of(checkpoint: Checkpoint, scheme: Scheme, windows: Tensor, hidden: Tensor) -> float:
     """Return the perplexity of windows, given the outputs of the last block for them."""
-    gain = torch.from_numpy(checkpoint.tensor("model.norm.weight").astype(np.float32))
-    tied = checkpoint.config.tie_word_embeddings
-    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    table = torch.from_numpy(checkpoint.tensor(name).astype(np.float32))
-    head = None if scheme.lm_head.is_float else quantize_weight(table, scheme.lm_head)
+    head = Head.of(checkpoint)
+    rounded = None if scheme.lm_head.is_float else quantize_weight(head.weight, scheme.lm_head)
     total = 0.0
     for x, ids in zip(hidden, windows, strict=True):
-        h = gain * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + checkpoint.config.rms_norm_eps))
-        logits = h @ table.T if head is None else low_bit_linear(h, head, scheme.lm_head)
+        h = head.normalized(x)
+        logits = h @ head.weight.T if rounded is None else low_bit_linear(h, rounded, scheme.lm_head)
         total += float(torch.nn.functional.cross_entropy(logits[:-1].double(), ids[1:]))
     return math.exp(min(total / len(windows), 700.0))
 

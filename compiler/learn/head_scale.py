@@ -47,7 +47,9 @@ def head_scale(head: Head, form: LinearFormat, streams: Streams) -> HeadScale:
     for part in streams.batches(size=1):
         x = head.normalized(streams.target[part].to(device)).reshape(-1, width)
         squares, tokens = squares + x.double().square().sum(0), tokens + len(x)
-    weights = head.weight.square().mean(0, dtype=torch.float64)
+    # Some rows at a time: lm_head is the largest matrix of the model, and squares of all of it would be as large.
+    parts = [rows.double().square().sum(0) for rows in torch.split(head.weight, _ENTRIES)]
+    weights = torch.stack(parts).sum(0) / len(head.weight)
     scale = rms_scale(squares / tokens, weights).float()
     held_out = torch.cat([streams.target[part] for part in streams.batches(held_out=True, size=1)]).to(device)
     x, rows = _every(head.normalized(held_out).reshape(-1, width), _TOKENS), _every(head.weight, _ENTRIES)

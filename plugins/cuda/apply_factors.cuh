@@ -10,7 +10,7 @@
 // Hadamard rotation, of any order, are data.
 //
 // tiled_factors.cuh, block_factors.cuh and mixing_factor.cuh do nearly all of them, many times faster, on the tensor
-// cores: what comes here is a right factor whose width is no multiple of eight, and a left one of more than 512 lines.
+// cores: what comes here has a right factor whose width is no multiple of eight or above 1024, or more than 512 lines.
 //
 // Cost: m + k multiply-adds per channel, float32 on the CUDA cores. Each thread holds up to VALUES results in
 // registers, so that a row is transformed in place and shared memory holds it once: 57 KB for 14336 channels, which

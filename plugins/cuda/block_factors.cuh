@@ -5,7 +5,7 @@
 // itself. That of 4096 channels in blocks of 64 is 1 MB, which comes from L2 for every block of threads; 2048 tokens
 // one by one would read 2 GB of it, some 400 us on an H100, and eight at a time read 256 MB. So a block of threads has
 // as many tokens as its shared memory takes, up to eight. One token alone takes as long as one multiprocessor reads the
-// map, some 10 us for that 1 MB: where tokens come one by one, a Kronecker pair of 32 KB suits a GPU better.
+// map, some 10 us for that 1 MB, unless spread_blocks.cuh gives some of its lines to each of many.
 //
 // Multiplied as in tiled_factors.cuh, three MMAs to a product. A warp has two tiles, for which it splits the tokens
 // once, and asks for the next step of the map before it multiplies this one.

@@ -58,14 +58,13 @@ class Case:
             self.checkpoint, self.scheme, self.transforms, self.codes, self.ids, self.final, HELD_OUT, epochs, folder
         )
 
-    def divergence(self, transforms: Transforms, row_scales: dict[str, torch.Tensor] | None = None) -> float:
-        """Return what polishing minimises, of the oracle's logits against transformers'."""
+    def divergence(self, found: torch.Tensor) -> float:
+        """Return what polishing minimises, of log-probabilities for the held-out sequences against transformers'."""
         from transformers import LlamaForCausalLM
 
         ids = torch.from_numpy(self.ids[-HELD_OUT:])
         with torch.no_grad():
             expected = LlamaForCausalLM.from_pretrained(self.model)(ids).logits.log_softmax(-1)
-        found = self.log_probabilities(transforms, row_scales)
         return float((expected.exp() * (expected - found)).sum(-1).mean())
 
     def log_probabilities(
@@ -89,16 +88,26 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_starts_and_ends_where_the_oracle_says(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "fast_products", contextlib.nullcontext)
+    kept: list[torch.Tensor] = []
+    cross_entropy = LowBitModel.cross_entropy
+
+    def noted(self: LowBitModel, token_ids: npt.NDArray[np.int64]) -> float:
+        with torch.no_grad():
+            kept.append(self._head.log_probabilities(self.outputs(torch.from_numpy(token_ids))))
+        return cross_entropy(self, token_ids)
+
+    monkeypatch.setattr(LowBitModel, "cross_entropy", noted)
     polished = case.polish(tmp_path)
     assert len(polished.divergence) == 4
-    assert polished.divergence[0] == pytest.approx(case.divergence(case.transforms), rel=2e-3)
-    best = case.divergence(polished.transforms, polished.row_scales)
-    # A code that lies between two steps may go to the other one, and a wide random model makes much of it.
-    near = 2e-3 if case.checkpoint.config.hidden_size < 192 else 1e-2
-    assert best == pytest.approx(polished.kept, rel=near)
-    found = case.log_probabilities(polished.transforms, polished.row_scales)[:, :-1]
-    entropy = -found.gather(-1, torch.from_numpy(case.ids[-HELD_OUT:, 1:, None])).mean()
-    assert polished.cross_entropy == pytest.approx(float(entropy), rel=near)
+    assert polished.divergence[0] == pytest.approx(case.divergence(case.log_probabilities(case.transforms)), rel=2e-3)
+    # A code that lies between two steps may go to the other one in the oracle; tokens that look there then differ by
+    # much, and all others by nothing.
+    apart = (kept[0] - case.log_probabilities(polished.transforms, polished.row_scales)).abs().amax(-1)
+    # The oracle rounds a tied lm_head to float16, as embeddings are stored.
+    assert apart.median() < (1e-2 if case.checkpoint.config.tie_word_embeddings else 1e-4)
+    assert polished.kept == pytest.approx(case.divergence(kept[0]), rel=2e-3)
+    entropy = -kept[0][:, :-1].gather(-1, torch.from_numpy(case.ids[-HELD_OUT:, 1:, None])).mean()
+    assert polished.cross_entropy == pytest.approx(float(entropy), rel=1e-4)
 
 
 def test_never_worse_than_its_start(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

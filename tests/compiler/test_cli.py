@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from planish.compiler import errors
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.bundle.layout import MANIFEST_FILE
+from planish.compiler.pipeline import compilation
 from planish.compiler.pipeline import compile as pipeline
 from planish.passes.scheme import SchemeError
 from planish.plugins.errors import PlanishError
@@ -212,7 +213,7 @@ def test_failed_verification(run: Run, tiny: Path, tmp_path: Path, monkeypatch: 
     def fail(*_: object) -> None:
         raise errors.AccuracyError("Layer 3 drifts first")
 
-    monkeypatch.setattr(pipeline, "verify", fail)
+    monkeypatch.setattr(compilation, "verify", fail)
     done = run("compile", tiny, "--scheme", "w4a8", "--select", "none", "-o", tmp_path / "out")
     assert (done.code, "Layer 3 drifts first" in done.err) == (4, True)
     assert not (tmp_path / "out").exists()
@@ -223,7 +224,7 @@ def test_interrupt(run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "verify", interrupt)
+        patch.setattr(compilation, "verify", interrupt)
         done = run("compile", tiny, "--scheme", "w4a8", "--select", "none", "-o", tmp_path / "out")
     assert (done.code, "run the same command again to resume" in done.err) == (130, True)
     again = run("compile", tiny, "--scheme", "w4a8", "--select", "none", "-o", tmp_path / "out")

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.errors import AccuracyError, DiskFullError, OutputFolderError, PlanishError
+from planish.compiler.pipeline import compilation, work_folder
 from planish.compiler.pipeline import compile as pipeline
-from planish.compiler.pipeline import work_folder
 from planish.compiler.pipeline.compile import compile_model
 from planish.compiler.pipeline.work_folder import WorkFolder
 from planish.compiler.progress import Silent
@@ -172,7 +172,7 @@ def test_a_full_disk_is_told_and_resumed(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "save_model", full)
+        patch.setattr(compilation, "save_model", full)
         with pytest.raises(DiskFullError, match="run the same command again"):
             compile_model(tiny, out, scheme=SCHEME, select="none", num_layers=1)
     assert not out.exists()
@@ -182,7 +182,7 @@ def test_a_full_disk_is_told_and_resumed(
 
 
 def test_a_failed_verification_leaves_no_bundle(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build_ort = pipeline.lower
+    build_ort = compilation.lower
 
     def wrong(target: str, portable: Path, folder: Path, *rest: object) -> None:
         build_ort(target, portable, folder, *rest)
@@ -191,7 +191,7 @@ def test_a_failed_verification_leaves_no_bundle(tiny: Path, tmp_path: Path, monk
         content[: len(content) // 2] = bytes(len(content) // 2)
         path.write_bytes(content)
 
-    monkeypatch.setattr(pipeline, "lower", wrong)
+    monkeypatch.setattr(compilation, "lower", wrong)
     with pytest.raises(AccuracyError, match="drifts first"):
         compile_model(tiny, tmp_path / "out", scheme=SCHEME, select="none", num_layers=1)
     assert not (tmp_path / "out").exists()
@@ -205,7 +205,7 @@ def compile_until_verified(model: Path, out: Path, monkeypatch: pytest.MonkeyPat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "verify", stop)
+        patch.setattr(compilation, "verify", stop)
         with pytest.raises(KeyboardInterrupt):
             compile_model(model, out, scheme=SCHEME, select="none")
 
@@ -216,8 +216,8 @@ def test_an_interrupted_compile_keeps_finished_stages(
     out, heard = tmp_path / "out", Heard()
     compile_until_verified(tiny, out, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "save_model", lambda *_: pytest.fail("the portable model was written before"))
-        patch.setattr(pipeline, "lower", lambda *_: pytest.fail("the model was lowered before"))
+        patch.setattr(compilation, "save_model", lambda *_: pytest.fail("the portable model was written before"))
+        patch.setattr(compilation, "lower", lambda *_: pytest.fail("the model was lowered before"))
         patch.setattr(quantize, "quantize_weight", lambda *_: pytest.fail("all blocks were quantised before"))
         made = compile_model(tiny, out, scheme=SCHEME, select="none", progress=heard)
     assert "resuming" in heard

@@ -22,8 +22,6 @@ constexpr int kBlocks = 3;
 #else
 constexpr int kBlocks = 4;
 #endif
-// What a block may have without asking.
-constexpr int kFreeSharedBytes = 48 << 10;
 
 struct AsyncCopy {
     __device__ __forceinline__ void bytes16(uint8_t* to, const uint8_t* from) { copy_async(to, from, true); }
@@ -78,15 +76,10 @@ __global__ void __launch_bounds__(kThreads) attend_many(const __grid_constant__ 
                                     shared + warp * bytes, copy);
 }
 
-template <class Kernel>
-void allow_shared(Kernel kernel, int bytes) {
-    if (bytes > kFreeSharedBytes) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
 template <int D>
 int launch_few(const Attend& task, int splits, const Workspace& workspace, cudaStream_t stream) {
     const int bytes = kAttendWarps * warp_bytes<D>(task.cache, 1);
-    allow_shared(attend_few<D>, bytes);
+    if (const int status = allow_shared(reinterpret_cast<const void*>(attend_few<D>), bytes)) return status;
     const dim3 grid(splits, task.cache.kv_heads, task.news.batch);
     attend_few<D><<<grid, kThreads, bytes, stream>>>(task, workspace);
     return launched("planish_attend_kv");
@@ -95,7 +88,7 @@ int launch_few(const Attend& task, int splits, const Workspace& workspace, cudaS
 template <int D>
 int launch_many(const Attend& task, cudaStream_t stream) {
     const int bytes = kAttendWarps * warp_bytes<D>(task.cache, kManyTiles);
-    allow_shared(attend_many<D>, bytes);
+    if (const int status = allow_shared(reinterpret_cast<const void*>(attend_many<D>), bytes)) return status;
     const dim3 grid(ceil_div(columns_of(task), kAttendWarps * kManyTiles * kColumns), task.cache.kv_heads,
                     task.news.batch);
     attend_many<D><<<grid, kThreads, bytes, stream>>>(task);
@@ -112,13 +105,13 @@ extern "C" int planish_plan_attend(planish_attend* given) {
     return with_head_dim(task.cache.head_dim, [&](auto head_dim) {
         constexpr int kD = decltype(head_dim)::value;
         const int bytes = kAttendWarps * warp_bytes<kD>(task.cache, 1);
+        if (const int status = allow_shared(reinterpret_cast<const void*>(attend_few<kD>), bytes)) return status;
         int device = 0, multiprocessors = 0, blocks = 0;
         cudaError_t error = cudaGetDevice(&device);
         if (error == cudaSuccess) {
             error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
         }
         if (error == cudaSuccess) {
-            allow_shared(attend_few<kD>, bytes);
             error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, attend_few<kD>, kThreads, bytes);
         }
         if (error != cudaSuccess)

@@ -44,30 +44,6 @@ PLANISH_HD Half half_of_float(float value) {
 // Two float16 in a register, `low` in its low half.
 PLANISH_HD uint32_t half_pair(Half low, Half high) { return low | static_cast<uint32_t>(high) << 16; }
 
-PLANISH_HD float product_of(float x, float y) {
-#if defined(__CUDA_ARCH__)
-    return __fmul_rn(x, y);
-#else
-    return x * y;
-#endif
-}
-
-PLANISH_HD float sum_of(float x, float y) {
-#if defined(__CUDA_ARCH__)
-    return __fadd_rn(x, y);
-#else
-    return x + y;
-#endif
-}
-
-PLANISH_HD float quotient_of(float x, float y) {
-#if defined(__CUDA_ARCH__)
-    return __fdiv_rn(x, y);
-#else
-    return x / y;
-#endif
-}
-
 // 1 / x of a normal x, to one unit in the last place: without the steps that round it and the subroutine for the rest.
 PLANISH_HD float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)

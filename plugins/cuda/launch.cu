@@ -28,6 +28,22 @@ int read_shared_bytes(int& bytes) {
     return PLANISH_OK;
 }
 
+int allow_shared(const void* kernel, size_t bytes) {
+    // What a block may have without asking, declared memory included.
+    constexpr size_t kUnasked = 48 << 10;
+    cudaFuncAttributes declared;
+    cudaError_t error = cudaFuncGetAttributes(&declared, kernel);
+    if (error == cudaSuccess && bytes + declared.sharedSizeBytes <= kUnasked) return PLANISH_OK;
+    int most = 0;
+    if (const int status = read_shared_bytes(most)) return status;
+    if (error == cudaSuccess) {
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     most - static_cast<int>(declared.sharedSizeBytes));
+    }
+    if (error == cudaSuccess) return PLANISH_OK;
+    return fail(PLANISH_CUDA_FAILED, "%zu bytes of shared memory cannot be had: %s", bytes, cudaGetErrorString(error));
+}
+
 }  // namespace planish
 
 extern "C" int planish_best_order(int64_t tokens, int32_t bits, int32_t* order) {

@@ -16,4 +16,9 @@ int read_capability(int& capability);
 // Reads how much shared memory a block can have on the calling thread's GPU.
 int read_shared_bytes(int& bytes);
 
+// Lets launches of `kernel` ask for `bytes` of shared memory besides what the kernel declares. What it sets belongs to
+// the kernel and not to a launch: it is always all that a block can have, so that host threads which launch with
+// different sizes do not take it from each other.
+int allow_shared(const void* kernel, size_t bytes);
+
 }  // namespace planish

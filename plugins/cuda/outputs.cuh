@@ -32,9 +32,9 @@ PLANISH_HD constexpr int64_t gated_output(int64_t row) { return row / kTileRows 
 // silu(gate) * up. Where exp overflows the quotient is 0, as it should be.
 PLANISH_HD float gate(float gate, float up) {
 #if defined(__CUDA_ARCH__)
-    return __fdiv_rn(gate, 1 + expf(-gate)) * up;
+    return quotient_of(gate, 1 + expf(-gate)) * up;
 #else
-    return gate / (1 + std::exp(-gate)) * up;
+    return quotient_of(gate, 1 + std::exp(-gate)) * up;
 #endif
 }
 

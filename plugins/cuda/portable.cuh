@@ -45,6 +45,32 @@ PLANISH_HD float float_of_bits(uint32_t bits) {
 #endif
 }
 
+// Products, sums and quotients that are rounded one by one. nvcc joins x * y + z into one operation with one rounding,
+// a C++ compiler for x86 does not, and neither does ONNX Runtime; where results are to be equal, these are used.
+PLANISH_HD float product_of(float x, float y) {
+#if defined(__CUDA_ARCH__)
+    return __fmul_rn(x, y);
+#else
+    return x * y;
+#endif
+}
+
+PLANISH_HD float sum_of(float x, float y) {
+#if defined(__CUDA_ARCH__)
+    return __fadd_rn(x, y);
+#else
+    return x + y;
+#endif
+}
+
+PLANISH_HD float quotient_of(float x, float y) {
+#if defined(__CUDA_ARCH__)
+    return __fdiv_rn(x, y);
+#else
+    return x / y;
+#endif
+}
+
 // Four words that a lane reads or writes as one: the widest access a GPU has.
 struct alignas(16) Quad {
     uint32_t word[4];

@@ -6,9 +6,6 @@
 namespace planish {
 namespace {
 
-// What a block may have without asking.
-constexpr size_t kFreeSharedBytes = 48 << 10;
-
 struct Io {
     const void* x;
     const void* residual;
@@ -107,17 +104,11 @@ __global__ void __launch_bounds__(kMaxThreads)
         [&](int i, float value) { store_sum<T>(io, first + i, value); }, block);
 }
 
-template <class Kernel>
-void allow_shared(Kernel kernel, size_t bytes) {
-    if (bytes <= kFreeSharedBytes) return;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-}
-
 template <class T>
 int launch_blocks(const RowQuantization& task, const Io& io, int64_t tokens, const QuantizePlan& plan,
                   cudaStream_t stream) {
     const size_t bytes = plan.together * floats_of_token(task.factors) * sizeof(float);
-    allow_shared(quantize_blocks<T>, bytes);
+    if (const int status = allow_shared(reinterpret_cast<const void*>(quantize_blocks<T>), bytes)) return status;
     const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(tokens, plan.together));
     quantize_blocks<T><<<blocks, plan.threads, bytes, stream>>>(task, io, plan.together, tokens);
     return launched("planish_quantize_tokens");
@@ -128,20 +119,22 @@ int launch_rows(const RowQuantization& task, const Io& io, int64_t tokens, const
                 cudaStream_t stream) {
     constexpr auto kernel = TILED ? quantize_tiles<T, VALUES> : quantize_cores<T, VALUES>;
     const size_t bytes = row_floats<TILED>(task) * sizeof(float);
-    allow_shared(kernel, bytes);
+    if (const int status = allow_shared(reinterpret_cast<const void*>(kernel), bytes)) return status;
     kernel<<<static_cast<unsigned>(tokens), plan.threads, bytes, stream>>>(task, io);
     return launched("planish_quantize_tokens");
 }
 
-template <class T>
-int launch(const RowQuantization& task, const Io& io, int64_t tokens, cudaStream_t stream) {
+int make_plan(const RowQuantization& task, int64_t tokens, QuantizePlan& plan) {
     int room = 0;
     if (const int status = read_shared_bytes(room)) return status;
-    const QuantizePlan plan = plan_quantization(task, tokens, room);
-    if (plan.threads == 0) {
-        return fail(PLANISH_BAD_ARGUMENT, "no block is wide enough for %d channels as rows of %d", task.channels,
-                    task.factors.k);
-    }
+    plan = plan_quantization(task, tokens, room);
+    if (plan.threads > 0) return PLANISH_OK;
+    return fail(PLANISH_BAD_ARGUMENT, "no block is wide enough for %d channels as rows of %d", task.channels,
+                task.factors.k);
+}
+
+template <class T>
+int launch(const RowQuantization& task, const Io& io, int64_t tokens, const QuantizePlan& plan, cudaStream_t stream) {
     if (plan.path == QuantizePath::kBlocks) return launch_blocks<T>(task, io, tokens, plan, stream);
     const bool tiled = plan.path == QuantizePath::kTiles;
     if (plan.values == 4) {
@@ -156,13 +149,16 @@ int launch(const RowQuantization& task, const Io& io, int64_t tokens, cudaStream
 template <class T>
 int launch_spread(const RowQuantization& task, const Io& io, int64_t tokens, float* workspace, int lines,
                   cudaStream_t stream) {
+    const RowQuantization second = behind_spread(task);
+    QuantizePlan plan;
+    if (const int status = make_plan(second, tokens, plan)) return status;
     const size_t bytes = floats_of_token(factors_of(task.factors, {0, lines})) * sizeof(float);
     const dim3 blocks(static_cast<unsigned>(ceil_div(task.factors.m, lines)), static_cast<unsigned>(tokens));
-    allow_shared(spread_blocks<T>, bytes);
+    if (const int status = allow_shared(reinterpret_cast<const void*>(spread_blocks<T>), bytes)) return status;
     spread_blocks<T><<<blocks, threads_of_share(task.factors), bytes, stream>>>(task, io, workspace, lines);
     if (const int status = launched("planish_quantize_tokens")) return status;
     const Io behind = {workspace, nullptr, nullptr, io.codes, io.stride, io.scales, io.sums};
-    return launch<float>(behind_spread(task), behind, tokens, stream);
+    return launch<float>(second, behind, tokens, plan, stream);
 }
 
 template <class T>
@@ -170,7 +166,9 @@ int launch_any(const planish_quantize& task, const RowQuantization& row, const I
     if (const int lines = plan_spread(task, row.factors)) {
         return launch_spread<T>(row, io, task.tokens, task.workspace, lines, stream);
     }
-    return launch<T>(row, io, task.tokens, stream);
+    QuantizePlan plan;
+    if (const int status = make_plan(row, task.tokens, plan)) return status;
+    return launch<T>(row, io, task.tokens, plan, stream);
 }
 
 }  // namespace

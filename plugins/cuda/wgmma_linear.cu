@@ -1,4 +1,4 @@
-// The kernel of wgmma_linear.cuh, on compute capability 9.0 alone; for other GPUs it is empty and the launcher refuses.
+// The kernel of wgmma_linear.cuh, on compute capability 9.0 alone; for other GPUs it is a trap and the launcher refuses.
 
 #include "copy_async.cuh"
 #include "large_kernel.cuh"
@@ -64,6 +64,8 @@ __global__ void __launch_bounds__(kLargeThreads, 1) large_wgmma(const Linear lin
         finish_segment(linear, 0, BITS, place, sums, outputs);
     }
     store_outputs(linear, place, outputs);
+#else
+    __trap();
 #endif
 }
 
@@ -72,8 +74,9 @@ int launch(const Linear& linear, cudaStream_t stream) {
     dim3 grid;
     if (const int status = large_grid(linear, TOKEN_TILES, grid)) return status;
     constexpr int kBytes = kSpanStages * stage_bytes<ColumnCodes>(kSpanTiles, TOKEN_TILES);
-    cudaFuncSetAttribute(large_wgmma<BITS, HIGH, TOKEN_TILES>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    large_wgmma<BITS, HIGH, TOKEN_TILES><<<grid, kLargeThreads, kBytes, stream>>>(linear);
+    constexpr auto kernel = large_wgmma<BITS, HIGH, TOKEN_TILES>;
+    if (const int status = allow_shared(reinterpret_cast<const void*>(kernel), kBytes)) return status;
+    kernel<<<grid, kLargeThreads, kBytes, stream>>>(linear);
     return launched("planish_large_linear");
 }
 

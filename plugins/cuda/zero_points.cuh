@@ -26,9 +26,10 @@ PLANISH_HD constexpr int32_t centred(int32_t products, TokenSum token, int32_t w
     return products - weight_zero * token.sum - token.zero * row_sum;
 }
 
-// The output of a linear: the order of the multiplications is that of PlanishMatMul, so that results agree bit by bit.
+// The output of a linear: the multiplications and their order are those of PlanishMatMul, so that results agree bit by
+// bit. The second is not joined with the addition of another segment, which is behind it.
 PLANISH_HD float scaled(int32_t product, float weight_scale, float token_scale) {
-    return static_cast<float>(product) * weight_scale * token_scale;
+    return product_of(product_of(static_cast<float>(product), weight_scale), token_scale);
 }
 
 }  // namespace planish

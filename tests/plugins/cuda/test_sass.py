@@ -53,6 +53,16 @@ COMPILED = [
 ]
 
 
+#: An instruction of a listing: its name and its operands, of which the first is where the result goes.
+INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(\S+) ([^;]*);")
+
+
+def next_reader(steps: list[tuple[str, str]], at: int) -> int:
+    """Return the next of the instructions that reads what the one at `at` gives."""
+    register = re.compile(rf"\b{steps[at][1].split(',')[0].strip()}\b")
+    return next(i for i in range(at + 1, len(steps)) if register.search(steps[i][1].partition(",")[2]))
+
+
 @functools.cache
 def cubin(unit: str, architecture: str, folder: Path) -> Path:
     return build_cubin(unit, architecture, folder)
@@ -96,6 +106,23 @@ def test_nothing_is_emulated_elsewhere(unit: str, kernel: str, architecture: str
     for name, code in found.items():
         assert kernel in name
         assert not re.search("MMA|CALL|RET", code), name
+
+
+@pytest.mark.parametrize(
+    ("unit", "architecture"),
+    [("small_linear", "90a"), ("large_linear", "80"), ("nibble_linear", "80"), ("wgmma_linear", "90a")],
+)
+def test_outputs_are_rounded_as_the_op_rounds_them(unit: str, architecture: str, folder: Path) -> None:
+    """Sum of products times scale, rounded; times scale, rounded: the second is not joined with an addition."""
+    found = kernels(run("nvdisasm", "-c", cubin(unit, architecture, folder)), r"\.text\.(\w+):")
+    assert found
+    for name, code in found.items():
+        steps = INSTRUCTION.findall(code)
+        converted = [i for i, (opcode, _) in enumerate(steps) if opcode in ("I2FP.F32.S32", "I2F")]
+        assert converted, name
+        for i in converted:
+            first = next_reader(steps, i)
+            assert [steps[first][0], steps[next_reader(steps, first)][0]] == ["FMUL", "FMUL"], name
 
 
 @pytest.mark.slow

@@ -135,7 +135,7 @@ def test_calls_can_be_captured(gpu: torch.device) -> None:
     for count in (1, 16, 100):
         order = best_order(count, 3, gpu)
         x = torch.zeros(count, 576, dtype=torch.float16, device=gpu)
-        quantize_tokens(x, segments, order=order)
+        linear(quantize_tokens(x, segments, order=order), weight)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = linear(quantize_tokens(x, segments, order=order), weight)

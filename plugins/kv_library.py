@@ -5,10 +5,21 @@ import functools
 
 from planish.plugins.kernel_library import kernel_library
 
-__all__ = ["PAGE_TOKENS", "AppendTask", "AttendTask", "CacheArrays", "TokenCounts", "bind_kv", "kv_library"]
+__all__ = [
+    "COUNTER_BYTES",
+    "PAGE_TOKENS",
+    "AppendTask",
+    "AttendTask",
+    "CacheArrays",
+    "TokenCounts",
+    "bind_kv",
+    "kv_library",
+]
 
 #: Tokens of a page.
 PAGE_TOKENS = 64
+#: The first bytes of a workspace of attention, zero before its first use.
+COUNTER_BYTES = 4096
 
 _int, _long, _float, _array = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -86,7 +97,8 @@ def bind_kv(library: ctypes.CDLL) -> ctypes.CDLL:
     library.planish_append_kv.argtypes = (ctypes.POINTER(AppendTask), ctypes.c_void_p)
     library.planish_attend_kv.argtypes = (ctypes.POINTER(AttendTask), ctypes.c_void_p)
     library.planish_plan_attend.argtypes = (ctypes.POINTER(AttendTask),)
-    for name in ("planish_append_kv", "planish_attend_kv", "planish_plan_attend"):
+    library.planish_attend_workspace.argtypes = (ctypes.POINTER(AttendTask), ctypes.POINTER(_long))
+    for name in ("planish_append_kv", "planish_attend_kv", "planish_plan_attend", "planish_attend_workspace"):
         getattr(library, name).restype = ctypes.c_int
     library.planish_last_error.restype = ctypes.c_char_p
     return library

@@ -11,8 +11,16 @@ import dataclasses
 import torch
 
 from planish.plugins.kernel_library import call
-from planish.plugins.kv_library import PAGE_TOKENS, AppendTask, AttendTask, CacheArrays, TokenCounts, kv_library
-from planish.plugins.on_tensors import DEVICE, TYPES, address, check_on_gpu, launch, on_device_of
+from planish.plugins.kv_library import (
+    COUNTER_BYTES,
+    PAGE_TOKENS,
+    AppendTask,
+    AttendTask,
+    CacheArrays,
+    TokenCounts,
+    kv_library,
+)
+from planish.plugins.on_tensors import DEVICE, TYPES, address, check_on_gpu, check_together, launch, on_device_of
 from planish.plugins.packing import packed_size
 
 __all__ = ["PackedCache", "append_kv", "attend_kv", "attention_workspace"]
@@ -84,24 +92,30 @@ class PackedCache:
         """Tokens that a sequence has room for."""
         return self.codes[0].shape[2] if self.pages is None else self.pages.shape[1] * PAGE_TOKENS
 
-    def arrays(self) -> CacheArrays:
-        """Return the structure that the kernels take.
+    @property
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """All tensors by name, and where there are no pages, None."""
+        sides = (("key", 0), ("value", 1))
+        codes = {f"{name} codes": self.codes[i] for name, i in sides}
+        scales = {f"{name} scales": self.scales[i] for name, i in sides}
+        return {**codes, **scales, **{f"first {name}s": self.firsts[i] for name, i in sides}, "pages": self.pages}
+
+    def arrays(self, batch: int) -> CacheArrays:
+        """Return the structure that the kernels take, for a call of `batch` sequences.
 
         Raises:
-            ValueError: if a tensor is elsewhere, or does not have its shape and type.
+            ValueError: if a tensor is elsewhere, or does not have its shape and type, or there are other sequences.
         """
         shape = self.codes[0].shape[:3]
+        sequences = len(self.codes[0]) if self.pages is None else len(self.pages)
+        if sequences != batch:
+            raise ValueError(f"there are {batch} sequences, and the cache has {sequences}")
         for i, name in enumerate(("key", "value")):
             size = packed_size(self.head_dim, self.bits[i])
             _check(f"{name} codes", self.codes[i], torch.uint8, (*shape, size))
             _check(f"{name} scales", self.scales[i], torch.float16, (*shape, 2))
-            batch = self.firsts[i].shape[0]
-            _check(
-                f"first {name}s",
-                self.firsts[i],
-                torch.float16,
-                (batch, shape[1], self.firsts[0].shape[2], self.head_dim),
-            )
+            first_shape = (batch, shape[1], self.firsts[0].shape[2], self.head_dim)
+            _check(f"first {name}s", self.firsts[i], torch.float16, first_shape)
         if self.pages is not None:
             _check("pages", self.pages, torch.int32, tuple(self.pages.shape))
         first = self.firsts[0].shape[2]
@@ -166,8 +180,12 @@ def append_kv(
             _check(name, matrix, torch.float32, (len(matrix), cache.head_dim, cache.head_dim))
     if key_map is not None and query_map is not None and len(key_map) != len(query_map):
         raise ValueError(f"{len(key_map)} key maps and {len(query_map)} query maps: as many of one as of the other")
+    check_together({
+        **cache.tensors, "past": past, "counts": counts, "keys": keys, "values": values, "queries": queries,
+        "cosines": cosines, "sines": sines, "key map": key_map, "query map": query_map, "out": out,
+    })  # fmt: skip
     task = AppendTask(
-        cache=cache.arrays(), news=_counts(past, counts, keys), queries=address(queries), keys=address(keys),
+        cache=cache.arrays(len(keys)), news=_counts(past, counts, keys), queries=address(queries), keys=address(keys),
         values=address(values), query_stride=query_stride, stride=stride, rotated=address(out) if heads else None,
         heads=heads, type=TYPES[keys.dtype], cosines=address(cosines), sines=address(sines),
         key_map=address(key_map), query_map=address(query_map), map_count=0 if key_map is None else len(key_map),
@@ -178,7 +196,9 @@ def append_kv(
 
 
 def attention_workspace(cache: PackedCache, batch: int, tokens: int, heads: int) -> torch.Tensor:
-    """Return the workspace of `attend_kv` for such queries, uint8 [bytes], zeroed: once for any number of calls.
+    """Return a workspace of `attend_kv` with room for such queries, uint8 [bytes], for any number of calls.
+
+    Calls of other shapes can share it if it has room for them too, one after the other on one stream.
 
     Raises:
         ValueError: if an argument does not fit.
@@ -186,10 +206,12 @@ def attention_workspace(cache: PackedCache, batch: int, tokens: int, heads: int)
         NativeBuildError: if the kernels are not compiled.
     """
     device = cache.codes[0].device
-    news = TokenCounts(batch=batch, tokens=tokens, past=address(cache.codes[0]))
-    task = AttendTask(cache=cache.arrays(), news=news, heads=heads, score_scale=1.0)
+    news = TokenCounts(batch=batch, tokens=tokens)
+    task = AttendTask(cache=cache.arrays(batch), news=news, heads=heads, score_scale=1.0)
     _plan(task, device)
-    return torch.zeros(task.workspace_bytes, dtype=torch.uint8, device=device)
+    workspace = torch.empty(task.workspace_bytes, dtype=torch.uint8, device=device)
+    workspace[:COUNTER_BYTES] = 0
+    return workspace
 
 
 def attend_kv(
@@ -221,8 +243,11 @@ def attend_kv(
     batch, tokens, heads, _ = queries.shape
     stride = _vectors("queries", queries, heads, cache.head_dim, queries)
     out = _output(out, queries, cache.head_dim)
+    check_together({
+        **cache.tensors, "past": past, "counts": counts, "queries": queries, "workspace": workspace, "out": out,
+    })  # fmt: skip
     task = AttendTask(
-        cache=cache.arrays(), news=_counts(past, counts, queries), queries=address(queries), stride=stride,
+        cache=cache.arrays(batch), news=_counts(past, counts, queries), queries=address(queries), stride=stride,
         y=address(out), heads=heads, type=TYPES[queries.dtype], score_scale=scale or cache.head_dim**-0.5,
     )  # fmt: skip
     _plan(task, queries.device)

@@ -15,6 +15,7 @@ __all__ = [
     "check_devices",
     "check_on_gpu",
     "check_tensor",
+    "check_together",
     "launch",
     "on_device_of",
 ]
@@ -80,11 +81,11 @@ def check_tensor(
         raise ValueError(f"{name} is not contiguous: call .contiguous()")
 
 
-def check_devices(tensors: Mapping[str, torch.Tensor | None]) -> None:
-    """Check that all tensors are on one GPU and begin where a 128-bit load can.
+def check_together(tensors: Mapping[str, torch.Tensor | None]) -> None:
+    """Check that all tensors that there are are on one GPU.
 
     Raises:
-        ValueError: naming the first that is not, or does not.
+        ValueError: naming the first that is not.
     """
     there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first, device = next((name, tensor.device) for name, tensor in there.items())
@@ -92,7 +93,17 @@ def check_devices(tensors: Mapping[str, torch.Tensor | None]) -> None:
         check_on_gpu(name, tensor)
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, and {first} on {device}")
-        if tensor.data_ptr() % _ALIGNMENT:
+
+
+def check_devices(tensors: Mapping[str, torch.Tensor | None]) -> None:
+    """Check that all tensors are on one GPU and begin where a 128-bit load can.
+
+    Raises:
+        ValueError: naming the first that is not, or does not.
+    """
+    check_together(tensors)
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.data_ptr() % _ALIGNMENT:
             raise ValueError(
                 f"{name} begins {tensor.data_ptr() % _ALIGNMENT} bytes behind a multiple of {_ALIGNMENT}: clone it"
             )

@@ -13,7 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from planish.plugins.kernel_library import call
-from planish.plugins.kv_library import PAGE_TOKENS, AppendTask, AttendTask, CacheArrays, TokenCounts, bind_kv
+from planish.plugins.kv_library import (
+    COUNTER_BYTES,
+    PAGE_TOKENS,
+    AppendTask,
+    AttendTask,
+    CacheArrays,
+    TokenCounts,
+    bind_kv,
+)
 from planish.plugins.native import build_library
 from planish.plugins.packing import pack, packed_size, unpack
 from tests.kernel_emulation import FOLDER, aligned
@@ -209,7 +217,7 @@ def attend(
     source, y = aligned(queries), aligned(np.full_like(queries, np.nan))
     past, counts = (None if each is None else np.ascontiguousarray(each, np.int32) for each in (past, counts))
     floats = batch * heads * max(splits, 1) * tokens * (head_dim + 2)
-    workspace = aligned(np.full(floats + batch * heads, np.nan, np.float32))
+    workspace = aligned(np.full(COUNTER_BYTES // 4 + floats, np.nan, np.float32))
     task = AttendTask(
         cache.arrays(),
         TokenCounts(batch, tokens, past.ctypes.data, None if counts is None else counts.ctypes.data),

@@ -64,7 +64,7 @@ class Decoder:
             PackedCache.empty(1, kv_heads, room, head_dim, layer.bits, device=device) for layer in weights.layers
         )
         workspaces = [attention_workspace(cache, 1, 1, heads) for cache in self.caches]
-        # Layers run one after the other, so the largest serves all.
+        # Layers run one after the other, so the largest serves all, whatever their bits.
         self._workspace = max(workspaces, key=len)
         self._past = torch.zeros(1, dtype=torch.int32, device=device)
         self._token = torch.zeros(1, dtype=torch.int64, device=device)
@@ -145,7 +145,8 @@ class Decoder:
         next step overwrites.
         """
         if self._graph is not None:
-            self._graph.replay()
+            with torch.cuda.device(self._past.device):
+                self._graph.replay()
         else:
             self._logits = self._run_step()
         return self._logits
@@ -167,16 +168,19 @@ class Decoder:
 
         PyTorch wants the warm-up on a stream of its own, so that nothing is initialised while capturing.
         """
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                self._past.zero_()
-                self._run_step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._logits = self._run_step()
+        # Streams and graphs are of the current GPU, which need not be the decoder's, and the stream that PyTorch
+        # captures on by itself is of the one that captured first.
+        with torch.cuda.device(self._past.device):
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    self._past.zero_()
+                    self._run_step()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                self._logits = self._run_step()
         self._graph = graph
 
     def _forward(self, tokens: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ struct AsyncCopy {
 
 struct Workspace {
     float* parts;       // [batch][kv_heads][splits][columns][kPartFloats]
-    unsigned* arrived;  // [batch][kv_heads]: blocks that are done; 0 between launches
+    unsigned* arrived;  // [batch][kv_heads] of kMostBlocks: blocks that are done; 0 between launches
 };
 
 template <int D>
@@ -125,9 +125,8 @@ extern "C" int planish_attend_kv(const planish_attend* given, void* stream) {
     using namespace planish;
     Attend task;
     if (const int status = read_attend(*given, task)) return status;
-    auto* parts = static_cast<float*>(given->workspace);
-    auto* counters = static_cast<uint8_t*>(given->workspace) + part_bytes(task, given->splits);
-    const Workspace workspace = {parts, reinterpret_cast<unsigned*>(counters)};
+    auto* counters = static_cast<unsigned*>(given->workspace);
+    const Workspace workspace = {reinterpret_cast<float*>(counters + kMostBlocks), counters};
     const auto on = static_cast<cudaStream_t>(stream);
     return with_head_dim(task.cache.head_dim, [&](auto head_dim) {
         constexpr int kD = decltype(head_dim)::value;

@@ -205,10 +205,9 @@ PLANISH_HD void append_rows(const Append& task, const AppendWork& work, float* s
     const int kv_head = is_query ? head / (task.heads / cache.kv_heads) : head;
     const int64_t stride = is_query ? task.query_stride : task.stride;
     const void* source = is_query ? task.queries : is_value ? task.values : task.keys;
-    const int past = task.news.past[work.sequence], count = count_of(task.news, work.sequence);
-    const auto exists = [&](int r) {
-        return work.first_token + r < count && past + work.first_token + r < cache.capacity;
-    };
+    const Lengths lengths = lengths_of(cache, task.news, work.sequence);
+    const int past = lengths.past;
+    const auto exists = [&](int r) { return work.first_token + r < lengths.count; };
     const auto token_at = [&](int r) { return int64_t{work.sequence} * task.news.tokens + work.first_token + r; };
     if (!exists(0)) return;
 

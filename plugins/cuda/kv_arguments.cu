@@ -29,14 +29,6 @@ int read_cache(const planish_kv_cache& given, KvCache& cache) {
         return fail(PLANISH_BAD_ARGUMENT, "%d first tokens of %d in float16: a multiple of %d", given.first,
                     given.capacity, kTokenTile);
     }
-    if (!given.keys || !given.key_scales || !given.values || !given.value_scales ||
-        (given.first && (!given.first_keys || !given.first_values))) {
-        return fail(PLANISH_BAD_ARGUMENT, "a cache lacks one of its arrays");
-    }
-    if (!aligned(given.keys) || !aligned(given.key_scales) || !aligned(given.values) || !aligned(given.value_scales) ||
-        !aligned(given.first_keys) || !aligned(given.first_values)) {
-        return fail(PLANISH_BAD_ARGUMENT, "the arrays of a cache begin at multiples of 16 bytes");
-    }
     cache = {{given.keys, given.key_scales, given.key_bits},
              {given.values, given.value_scales, given.value_bits},
              given.pages,
@@ -51,11 +43,23 @@ int read_cache(const planish_kv_cache& given, KvCache& cache) {
     return PLANISH_OK;
 }
 
+int check_arrays(const planish_kv_cache& given, const planish_kv_tokens& news) {
+    if (!given.keys || !given.key_scales || !given.values || !given.value_scales ||
+        (given.first && (!given.first_keys || !given.first_values))) {
+        return fail(PLANISH_BAD_ARGUMENT, "a cache lacks one of its arrays");
+    }
+    if (!aligned(given.keys) || !aligned(given.key_scales) || !aligned(given.values) || !aligned(given.value_scales) ||
+        !aligned(given.first_keys) || !aligned(given.first_values)) {
+        return fail(PLANISH_BAD_ARGUMENT, "the arrays of a cache begin at multiples of 16 bytes");
+    }
+    if (!news.past) return fail(PLANISH_BAD_ARGUMENT, "it is not given how many tokens the cache has");
+    return PLANISH_OK;
+}
+
 int read_tokens(const planish_kv_tokens& given, NewTokens& news) {
     if (given.batch < 1 || given.tokens < 1) {
         return fail(PLANISH_BAD_ARGUMENT, "%d new tokens of %d sequences", given.tokens, given.batch);
     }
-    if (!given.past) return fail(PLANISH_BAD_ARGUMENT, "it is not given how many tokens the cache has");
     news = {given.batch, given.tokens, given.past, given.counts};
     return PLANISH_OK;
 }
@@ -133,6 +137,7 @@ int read_append(const planish_append& given, Append& task) {
     task = {};
     if (const int status = read_cache(given.cache, task.cache)) return status;
     if (const int status = read_tokens(given.news, task.news)) return status;
+    if (const int status = check_arrays(given.cache, given.news)) return status;
     if (const int status = check_append(given)) return status;
     task.queries = given.queries;
     task.keys = given.keys;
@@ -153,14 +158,16 @@ int read_append(const planish_append& given, Append& task) {
 
 void plan_attend(const Attend& task, int blocks, planish_attend& given) {
     const int heads = task.news.batch * task.cache.kv_heads;
-    const int most = ceil_div(task.cache.capacity, kSplitTokens), wanted = blocks / heads;
+    const int most = ceil_div(task.cache.capacity, kSplitTokens);
+    const int wanted = (blocks < kMostBlocks ? blocks : kMostBlocks) / heads;
     const bool few = columns_of(task) <= kColumns;
     given.splits = !few || wanted < 1 ? 1 : wanted < most ? wanted : most;
-    given.workspace_bytes = given.splits > 1 ? part_bytes(task, given.splits) + heads * kCounterBytes : 0;
+    given.workspace_bytes = given.splits > 1 ? PLANISH_ATTEND_COUNTER_BYTES + part_bytes(task, given.splits) : 0;
 }
 
 int read_attend(const planish_attend& given, Attend& task) {
     if (const int status = read_shapes(given, task)) return status;
+    if (const int status = check_arrays(given.cache, given.news)) return status;
     const int head_dim = task.cache.head_dim;
     if (const int status = check_vectors("queries", given.queries, given.type, given.heads, head_dim, given.stride)) {
         return status;
@@ -169,8 +176,10 @@ int read_attend(const planish_attend& given, Attend& task) {
             check_vectors("outputs", given.y, given.type, given.heads, head_dim, int64_t{given.heads} * head_dim)) {
         return status;
     }
-    const int64_t parts = part_bytes(task, given.splits);
-    if (given.splits < 1 || (given.splits > 1 && (!given.workspace || given.workspace_bytes < parts))) {
+    const int64_t bytes = PLANISH_ATTEND_COUNTER_BYTES + part_bytes(task, given.splits);
+    const int heads = task.news.batch * task.cache.kv_heads;
+    if (given.splits < 1 ||
+        (given.splits > 1 && (!given.workspace || given.workspace_bytes < bytes || heads > kMostBlocks))) {
         return fail(PLANISH_BAD_ARGUMENT,
                     "%d splits in a workspace of %lld bytes: planish_plan_attend says what it takes", given.splits,
                     static_cast<long long>(given.workspace ? given.workspace_bytes : 0));
@@ -179,3 +188,19 @@ int read_attend(const planish_attend& given, Attend& task) {
 }
 
 }  // namespace planish
+
+extern "C" int planish_attend_workspace(const planish_attend* given, int64_t* bytes) {
+    using namespace planish;
+    Attend task;
+    if (const int status = read_shapes(*given, task)) return status;
+    // A block stores the columns of its split, and there are kMostBlocks of them at most, or one to a head and no
+    // parts.
+    const int64_t most = ceil_div(task.cache.capacity, kSplitTokens);
+    const int64_t splits = int64_t{task.news.batch} * task.cache.kv_heads * most;
+    const int64_t column = (kPartNumbers + task.cache.head_dim) * static_cast<int64_t>(sizeof(float));
+    const int64_t blocks = splits < kMostBlocks ? splits : kMostBlocks;
+    *bytes = most > 1 && 2 * task.cache.kv_heads <= kMostBlocks
+                 ? PLANISH_ATTEND_COUNTER_BYTES + blocks * kColumns * column
+                 : 0;
+    return PLANISH_OK;
+}

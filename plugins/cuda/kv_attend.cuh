@@ -114,8 +114,8 @@ PLANISH_HD LaneQueries<D> load_query(const void* queries, FloatType type, int64_
 template <class Warp, int D>
 PLANISH_HD void load_queries(const Attend& task, int sequence, int kv_head, int first_column,
                              Queries<Warp, D>& queries) {
-    const int group = group_of(task), past = task.news.past[sequence];
-    const int existing = count_of(task.news, sequence) * group;
+    const Lengths lengths = lengths_of(task.cache, task.news, sequence);
+    const int group = group_of(task), past = lengths.past, existing = lengths.count * group;
     const int64_t first = int64_t{sequence} * task.news.tokens * task.stride;
     typename Warp::template PerLane<float> most, sum;
     with_bits(task.cache.keys.bits, [&](auto bits) {

@@ -41,8 +41,20 @@ struct NewTokens {
     const int32_t* counts;  // [batch]; null where all have `tokens`
 };
 
-PLANISH_HD int count_of(const NewTokens& news, int sequence) {
-    return news.counts ? news.counts[sequence] : news.tokens;
+// Tokens of a sequence: `past` that the cache has, `count` new ones behind them.
+struct Lengths {
+    int past;
+    int count;
+};
+
+PLANISH_HD int clamped(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
+
+// What is given, as far as there is room. Lengths lie in memory of the GPU, where no launcher checks them, and whoever
+// times a kernel on made-up numbers, as a builder of engines may, gives any.
+PLANISH_HD Lengths lengths_of(const KvCache& cache, const NewTokens& news, int sequence) {
+    const int past = clamped(news.past[sequence], cache.capacity), room = cache.capacity - past;
+    const int most = news.tokens < room ? news.tokens : room;
+    return {past, news.counts ? clamped(news.counts[sequence], most) : most};
 }
 
 // The row of a token, counted over a tensor of the cache.

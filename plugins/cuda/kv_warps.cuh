@@ -101,7 +101,8 @@ PLANISH_HD void attend_tiles(const Attend& task, int sequence, int kv_head, int 
                              const Queries<Warp, D> (&queries)[TILES], ColumnSums<Warp, D> (&sums)[TILES],
                              uint8_t* stages, Copy& copy) {
     const KvCache& cache = task.cache;
-    const int limit = task.news.past[sequence] + count_of(task.news, sequence);
+    const Lengths lengths = lengths_of(cache, task.news, sequence);
+    const int limit = lengths.past + lengths.count;
     int tile = begin;
     for (; tile < end && tile * kTokenTile < cache.first; tile += step) {
         const int64_t at = first_row_of(cache, sequence, kv_head, tile * kTokenTile) * D;
@@ -234,8 +235,8 @@ PLANISH_HD int64_t part_offset(const Attend& task, int splits, int sequence, int
 template <class Warp, int D, class Copy>
 PLANISH_HD void attend_split(const Attend& task, int splits, int sequence, int kv_head, int split, int warp,
                              uint8_t* shared, Copy& copy) {
-    const int limit = task.news.past[sequence] + count_of(task.news, sequence);
-    const auto tiles = static_cast<int64_t>(ceil_div(limit, kTokenTile));
+    const Lengths lengths = lengths_of(task.cache, task.news, sequence);
+    const auto tiles = static_cast<int64_t>(ceil_div(lengths.past + lengths.count, kTokenTile));
     Queries<Warp, D> queries[1];
     ColumnSums<Warp, D> sums[1];
     load_queries<Warp, D>(task, sequence, kv_head, 0, queries[0]);
@@ -286,9 +287,10 @@ PLANISH_HD void attend_columns(const Attend& task, int sequence, int kv_head, in
     const int columns = columns_of(task) - first_column;
     if (columns <= 0) return;
     const int mine = columns < kWarpColumns ? columns : kWarpColumns;
-    const int existing = count_of(task.news, sequence) * group_of(task) - first_column;
+    const Lengths lengths = lengths_of(task.cache, task.news, sequence);
+    const int existing = lengths.count * group_of(task) - first_column;
     const int last = (existing < mine ? existing : mine) - 1;
-    const int tokens = last < 0 ? 0 : task.news.past[sequence] + (first_column + last) / group_of(task) + 1;
+    const int tokens = last < 0 ? 0 : lengths.past + (first_column + last) / group_of(task) + 1;
     Queries<Warp, D> queries[kManyTiles];
     ColumnSums<Warp, D> sums[kManyTiles];
     PLANISH_UNROLL

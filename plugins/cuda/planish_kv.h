@@ -1,7 +1,8 @@
 /* The C interface of the packed cache's kernels; what planish_kernels.h says of all functions holds for these.
  *
  * Lengths are read on the GPU, so a captured call serves every length. What is given there is not checked: pages are
- * blocks that there are, and tokens beyond the capacity of the cache are neither stored nor attended to.
+ * blocks that there are. Lengths are taken as far as the cache has room: tokens beyond its capacity are neither stored
+ * nor attended to.
  */
 #ifndef PLANISH_KV_H
 #define PLANISH_KV_H
@@ -73,12 +74,18 @@ struct planish_attend {
     float score_scale;       /* 1 / sqrt(head_dim) as a rule */
     int32_t splits;          /* set by planish_plan_attend */
     int64_t workspace_bytes; /* set by planish_plan_attend; 0 is none */
-    void* workspace;         /* zeroed once, before its first use; a call leaves it fit for the next one */
+    void* workspace;         /* its first PLANISH_ATTEND_COUNTER_BYTES are zero before its first use; a call leaves it
+                                fit for the next one on its stream, whatever that one's shapes */
 };
+
+enum { PLANISH_ATTEND_COUNTER_BYTES = 4096 };
 
 int planish_append_kv(const struct planish_append* task, void* stream);
 /* Sets splits and workspace_bytes for the current GPU: from the shapes alone, so a plan holds for all lengths. */
 int planish_plan_attend(struct planish_attend* task);
+/* Sets `bytes` to what calls over such a cache take at most, of up to news.batch sequences, on any GPU; it asks none.
+ */
+int planish_attend_workspace(const struct planish_attend* task, int64_t* bytes);
 int planish_attend_kv(const struct planish_attend* task, void* stream);
 
 #ifdef __cplusplus

@@ -1,4 +1,5 @@
-// The kernel of wgmma_linear.cuh, on compute capability 9.0 alone; for other GPUs it is a trap and the launcher refuses.
+// The kernel of wgmma_linear.cuh, on compute capability 9.0 alone; for other GPUs it is a trap and the launcher
+// refuses.
 
 #include "copy_async.cuh"
 #include "large_kernel.cuh"

@@ -5,9 +5,19 @@
 
 #include <cuda_runtime_api.h>
 
-#include "planish_kernels.h"
+#include "arguments.cuh"
 
 namespace planish::plugin {
+namespace {
+
+int done(const char* what, cudaError_t error) {
+    if (error == cudaSuccess) return PLANISH_OK;
+    // Else the next launch of this thread would report it as its own.
+    cudaGetLastError();
+    return fail(PLANISH_CUDA_FAILED, "%s could not be enqueued: %s", what, cudaGetErrorString(error));
+}
+
+}  // namespace
 
 std::string problem_of_device() {
     int device = 0, major = 0, minor = 0;
@@ -23,13 +33,11 @@ std::string problem_of_device() {
 
 int copy(void* to, const void* from, size_t bytes, void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);
-    const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, on);
-    return error == cudaSuccess ? PLANISH_OK : PLANISH_CUDA_FAILED;
+    return done("a copy", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, on));
 }
 
 int clear(void* to, size_t bytes, void* stream) {
-    const cudaError_t error = cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream));
-    return error == cudaSuccess ? PLANISH_OK : PLANISH_CUDA_FAILED;
+    return done("zeros", cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace planish::plugin

@@ -1,4 +1,3 @@
-#include <algorithm>
 #include <cmath>
 
 #include "kv_cache.h"
@@ -6,7 +5,7 @@
 namespace planish::plugin {
 namespace {
 
-// What a plan reads of a task.
+// What the size of a workspace, and a plan, are read from.
 planish_attend sizes_of(const PlanishKvAttend& node) {
     planish_attend task = {};
     void* const none[4] = {};
@@ -15,9 +14,6 @@ planish_attend sizes_of(const PlanishKvAttend& node) {
     task.score_scale = 1 / std::sqrt(static_cast<float>(node.head_dim));
     return task;
 }
-
-// Past this many queries to a KV head, kernels split nothing and take no workspace.
-constexpr int64_t kMostSplitQueries = 64;
 
 }  // namespace
 
@@ -35,27 +31,21 @@ int launch(const PlanishKvAttend& node, const Call& call) {
     task.type = static_cast<int32_t>(call.type);
     if (const int status = planish_plan_attend(&task)) return status;
     task.workspace = call.workspace;
-    // TensorRT shares the workspace among layers, and the kernel wants it zeroed before its first use.
+    // TensorRT shares the workspace among layers, and the kernel wants its counters zeroed before their first use.
     if (task.workspace_bytes) {
-        const auto bytes = static_cast<size_t>(task.workspace_bytes);
-        if (const int status = clear(call.workspace, bytes, call.stream)) return status;
+        if (const int status = clear(call.workspace, PLANISH_ATTEND_COUNTER_BYTES, call.stream)) return status;
     }
     return planish_attend_kv(&task, call.stream);
 }
 
+// An engine may run on another GPU than the one it was built on, so this is what a call takes on any.
 size_t workspace_bytes(const PlanishKvAttend& node, const std::vector<Shape>& largest) {
     planish_attend task = sizes_of(node);
-    int64_t most = 0;
-    // Fewer sequences are split into more parts, so the largest call need not take the most.
-    for (int64_t batch = 1; batch <= largest[0][0]; ++batch) {
-        for (int64_t tokens = 1; tokens <= std::min(largest[0][1], kMostSplitQueries); ++tokens) {
-            task.news.batch = static_cast<int32_t>(batch);
-            task.news.tokens = static_cast<int32_t>(tokens);
-            task.news.past = reinterpret_cast<const int32_t*>(&task);
-            if (planish_plan_attend(&task) == PLANISH_OK) most = std::max(most, task.workspace_bytes);
-        }
-    }
-    return static_cast<size_t>(most);
+    task.news.batch = static_cast<int32_t>(largest[0][0]);
+    task.news.tokens = 1;
+    int64_t bytes = 0;
+    // Shapes are those of a contract, and of a profile that configurePlugin took: there is nothing to refuse.
+    return planish_attend_workspace(&task, &bytes) == PLANISH_OK ? static_cast<size_t>(bytes) : 0;
 }
 
 }  // namespace planish::plugin

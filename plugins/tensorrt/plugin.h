@@ -62,7 +62,8 @@ class Plugin final : public nvinfer1::IPluginV3,
     const char* getPluginName() const noexcept override { return Node::kName; }
     const char* getPluginVersion() const noexcept override { return Node::kVersion; }
     const char* getPluginNamespace() const noexcept override { return kNamespace; }
-    const char* getTimingCacheID() noexcept override { return Node::kVersion; }
+    // There is one tactic, so nothing that timings of it would choose.
+    const char* getTimingCacheID() noexcept override { return nullptr; }
 
     int32_t getNbOutputs() const noexcept override { return static_cast<int32_t>(signature_.outputs.size()); }
 

@@ -1,6 +1,8 @@
 """The C interface of the cache's kernels on the host: structures as the header has them, and what is refused."""
 
 import ctypes
+import dataclasses
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 
 from planish.plugins import on_tensors
 from planish.plugins.kernel_library import call
-from planish.plugins.kv_library import AppendTask, AttendTask, CacheArrays, TokenCounts
+from planish.plugins.kv_library import COUNTER_BYTES, AppendTask, AttendTask, CacheArrays, TokenCounts
 from planish.plugins.kv_ops import PackedCache, append_kv, attend_kv
 from planish.plugins.native import SOURCES, find_compiler
 from tests.kv_emulation import library
@@ -152,7 +154,26 @@ def test_plans_for_32_blocks(batch: int, capacity: int, heads: int, splits: int)
     call(library(), "planish_plan_attend", ctypes.byref(task))
     assert task.splits == splits
     parts = batch * 2 * splits * (heads // 2) * 66 * 4
-    assert task.workspace_bytes == (parts + batch * 2 * 4 if splits > 1 else 0)
+    assert task.workspace_bytes == (COUNTER_BYTES + parts if splits > 1 else 0)
+
+
+@pytest.mark.parametrize("capacity", [128, 256, 1024, 65536])
+@pytest.mark.parametrize("kv_heads", [1, 8, 300, 600])
+def test_one_workspace_is_enough_on_every_gpu(capacity: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for without a GPU is what calls of any number of sequences and tokens take at most on any."""
+    blocks, asked, most = ctypes.c_int.in_dll(library(), "planish_blocks"), ctypes.c_int64(), 0
+    task = AttendTask(heads=4 * kv_heads, score_scale=0.125, news=TokenCounts(batch=8, tokens=1))
+    task.cache = changed(CacheArrays(head_dim=64, key_bits=3, value_bits=3), {"capacity": capacity})
+    task.cache.kv_heads = kv_heads
+    call(library(), "planish_attend_workspace", ctypes.byref(task), ctypes.byref(asked))
+    for count, batch, tokens in itertools.product([1, 32, 528, 1024, 5000], range(1, 9), [1, 2, 3]):
+        monkeypatch.setattr(blocks, "value", count)
+        task.news = TokenCounts(batch=batch, tokens=tokens)
+        call(library(), "planish_plan_attend", ctypes.byref(task))
+        assert task.workspace_bytes <= asked.value
+        most = max(most, task.workspace_bytes)
+    # Not twice as much either, and nothing where nothing is split.
+    assert asked.value <= 2 * most
 
 
 def test_tensors_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,5 +190,13 @@ def test_tensors_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         attend_kv(cache, past, x.double())
     with pytest.raises(ValueError, match=r"past are torch\.int64 \[1\], and must be torch\.int32 \[1\], contiguous"):
         attend_kv(cache, past.long(), x)
+    with pytest.raises(ValueError, match="there are 2 sequences, and the cache has 1"):
+        append_kv(cache, torch.zeros(2, dtype=torch.int32), x.repeat(2, 1, 1, 1), x.repeat(2, 1, 1, 1))
+    with pytest.raises(ValueError, match="there are 2 sequences, and the cache has 1"):
+        attend_kv(cache, torch.zeros(2, dtype=torch.int32), x.repeat(2, 1, 1, 1))
+    with pytest.raises(ValueError, match=r"first keys are .*\[2, 2, 0, 64\], and must be .*\[1, 2, 0, 64\]"):
+        attend_kv(dataclasses.replace(cache, firsts=(torch.zeros(2, 2, 0, 64).half(),) * 2), past, x)
+    with pytest.raises(ValueError, match="past is on meta; kernels take tensors on cpu"):
+        attend_kv(cache, past.to("meta"), x)
     with pytest.raises(ValueError, match="2 key maps and 1 query maps"):
         append_kv(cache, past, x, x, maps=(torch.eye(64).repeat(2, 1, 1), torch.eye(64)[None]))

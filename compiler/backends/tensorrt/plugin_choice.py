@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, get_args
 
-from planish.compiler.backends.tensorrt.parser_versions import Version
+from planish.compiler.backends.tensorrt.parser_versions import Version, read_version
 from planish.compiler.backends.tensorrt.plugin_library import PLUGINS_VARIABLE, check_library, library_path
 from planish.compiler.errors import EngineBuildError, EngineMismatchError
 
@@ -26,10 +26,15 @@ def chosen_library(choice: PluginChoice, tensorrt: str, sm: int) -> Path | None:
         sm: compute capability of the GPU, times ten.
 
     Raises:
-        EngineMismatchError: if it is required and not named, or if it does not fit.
+        EngineMismatchError: if it is required and not named, if it does not fit, or if that TensorRT cannot have it.
     """
     path = None if choice == "none" else library_path()
     if path is not None:
+        if read_version(tensorrt) < _FIRST:
+            raise EngineMismatchError(
+                f"Plugins of planish need TensorRT {_FIRST[0]}.{_FIRST[1]} or later, and {tensorrt} is installed. "
+                "Build with --plugins none, or install a later TensorRT."
+            )
         check_library(path, tensorrt, sm)
     elif choice == "require":
         raise EngineMismatchError(

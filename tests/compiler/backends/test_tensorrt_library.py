@@ -18,8 +18,13 @@ from planish.compiler.backends.tensorrt import build, build_engines, check, chec
 from planish.compiler.backends.tensorrt.device import Device
 from planish.compiler.backends.tensorrt.engine_json import EngineRecord
 from planish.compiler.backends.tensorrt.job import Built, Job
-from planish.compiler.backends.tensorrt.plugin_choice import PluginChoice
-from planish.compiler.backends.tensorrt.plugin_library import PluginLibrary, check_library, read_library
+from planish.compiler.backends.tensorrt.plugin_choice import PluginChoice, chosen_library
+from planish.compiler.backends.tensorrt.plugin_library import (
+    PLUGINS_VARIABLE,
+    PluginLibrary,
+    check_library,
+    read_library,
+)
 from planish.compiler.backends.tensorrt.plugin_registry import load_plugins, look_up, plugin_nodes
 from planish.compiler.backends.tensorrt.timings import keep_timings, timing_cache
 from planish.compiler.checkpoint import open_checkpoint
@@ -104,6 +109,15 @@ def test_a_library_that_says_something_else(says: str, tmp_path: Path) -> None:
 def test_a_library_that_does_not_fit(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(EngineMismatchError, match=words):
         check_library(library(tmp_path, **changes), VERSION, 90)
+
+
+def test_a_library_for_a_tensorrt_without_aliases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = library(tmp_path, tensorrt=[10, 3, 0])
+    monkeypatch.setenv(PLUGINS_VARIABLE, str(path))
+    assert chosen_library("auto", "10.3.0.30", 90) == path
+    assert chosen_library("none", "10.2.0.19", 90) is None
+    with pytest.raises(EngineMismatchError, match=r"need TensorRT 10\.3 or later, and 10\.2\.0\.19 is installed"):
+        chosen_library("auto", "10.2.0.19", 90)
 
 
 class Registry:

@@ -57,8 +57,6 @@ struct Choices {
 } choices;
 
 constexpr int kThreads = 96;
-// Blocks of the GPU that splits are planned for.
-constexpr int kBlocks = 32;
 
 template <int D>
 void attend_few(const Attend& task, int splits, float* workspace) {
@@ -154,10 +152,13 @@ int planish_append_kv(const planish_append* given, void*) {
     return PLANISH_OK;
 }
 
+// Blocks of the GPU that splits are planned for.
+int planish_blocks = 32;
+
 int planish_plan_attend(planish_attend* given) {
     Attend task;
     if (const int status = read_shapes(*given, task)) return status;
-    plan_attend(task, kBlocks, *given);
+    plan_attend(task, planish_blocks, *given);
     return PLANISH_OK;
 }
 
@@ -167,7 +168,8 @@ int planish_attend_kv(const planish_attend* given, void*) {
     with_head_dim(task.cache.head_dim, [&](auto d) {
         constexpr int kD = decltype(d)::value;
         if (choices.many || columns_of(task) > kColumns) return attend_many<kD>(task);
-        attend_few<kD>(task, given->splits, static_cast<float*>(given->workspace));
+        auto* parts = static_cast<uint8_t*>(given->workspace) + PLANISH_ATTEND_COUNTER_BYTES;
+        attend_few<kD>(task, given->splits, reinterpret_cast<float*>(parts));
     });
     return PLANISH_OK;
 }

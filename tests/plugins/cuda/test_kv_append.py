@@ -194,3 +194,20 @@ def test_tokens_that_are_not_there() -> None:
         append(cache, past, keys, values, counts=counts, rows=rows)
         assert untouched(cache) == 3 * 32 - 7 - 2
     assert_appended(cache, np.zeros(1, int), (keys[:1], values[:1]), (1.0, 1.0))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_lengths_are_taken_as_far_as_there_is_room(rows: int) -> None:
+    """Less than nothing is nothing, more than the cache holds is all of it, more than was given is what was given."""
+    rng = np.random.default_rng(rows)
+    past, counts = np.array([-9, 63, 70, 40, 62]), np.array([1, 2, 1, -1, 7])
+    kept_past, kept_counts = np.array([0, 63, 64, 40, 62]), np.array([1, 1, 0, 0, 2])
+    x = vectors(rng, (3, 5, 2, 4, 64), "random")
+    tables, maps = angles(64, PAGE_TOKENS), (np.eye(64, dtype=np.float32)[None] * 2,) * 2
+    found, expected = (Cache.empty(5, 4, PAGE_TOKENS, 64, (3, 4)) for _ in range(2))
+    for cache, (before, new) in ((found, (past, counts)), (expected, (kept_past, kept_counts))):
+        append(cache, before, x[0], x[1], x[2], counts=new, angles=tables, maps=maps, rows=rows)
+    for part in range(2):
+        np.testing.assert_array_equal(found.codes[part], expected.codes[part])
+        np.testing.assert_array_equal(found.scales[part], expected.scales[part])
+    assert untouched(found) == 4 * (5 * PAGE_TOKENS - kept_counts.sum())

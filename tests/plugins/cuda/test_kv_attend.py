@@ -77,6 +77,21 @@ def test_an_empty_sequence_in_a_batch() -> None:
         assert error(found, reference(cache, past, query, counts)) < TOLERANCE
 
 
+@pytest.mark.parametrize("splits", [0, 1, 3])
+def test_lengths_are_taken_as_far_as_there_is_room(splits: int) -> None:
+    """Less than nothing is nothing, more than the cache holds is all of it, more than was given is what was given."""
+    rng = np.random.default_rng(splits)
+    past, counts = np.array([-9, 63, 70, 40, 62, 30]), np.array([1, 1, 1, -1, 2, 7])
+    kept_past, kept_counts = np.array([0, 63, 64, 40, 62, 30]), np.array([1, 1, 0, 0, 2, 2])
+    cache = Cache.empty(6, 2, PAGE_TOKENS, 64, (3, 3))
+    cache.fill(rng, np.full(6, PAGE_TOKENS))
+    query = queries(rng, 6, 2, 4, 64)
+    found = attend(cache, past, query, splits=splits, counts=counts)
+    np.testing.assert_array_equal(found, attend(cache, kept_past, query, splits=splits, counts=kept_counts))
+    assert error(found, reference(cache, kept_past, query, kept_counts)) < TOLERANCE
+    assert not found[2:4].any()
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_long_context(bits: int) -> None:
     """4,000 tokens that count about alike: what is left of values after averaging is small beside their zeros."""

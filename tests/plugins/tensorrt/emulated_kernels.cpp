@@ -1,5 +1,6 @@
 // The C interface of the kernels on the host, in float32 and one loop after the other: what the plugin library is
 // tested with where there is no GPU. "Device" memory is memory. Whatever a call would enqueue is done when it returns.
+// What the kernels refuse is refused: their own checks come first.
 
 #include <algorithm>
 #include <cmath>
@@ -7,19 +8,14 @@
 #include <string>
 #include <vector>
 
+#include "arguments.cu"
+#include "kv_arguments.cu"
 #include "launch.h"
-#include "planish_kernels.h"
-#include "planish_kv.h"
 #include "repack.cuh"
 
 namespace {
 
-std::string last_error;
-
-int fail(const std::string& what) {
-    last_error = what;
-    return PLANISH_BAD_ARGUMENT;
-}
+int fail(const char* what) { return planish::fail(PLANISH_BAD_ARGUMENT, "%s", what); }
 
 // Where the code of a channel lies among its stored eight, even ones first.
 int64_t stored_place(int64_t channel) { return channel / 8 * 8 + channel % 2 * 4 + channel % 8 / 2; }
@@ -99,6 +95,8 @@ void add_segment(const planish_linear& task, const planish_weight_segment& weigh
 }
 
 int linear(const planish_linear& task) {
+    planish::Linear read;
+    if (const int status = planish::read_linear(task, read)) return status;
     if (task.type != PLANISH_FLOAT32) return fail("emulated in float32 only");
     const int segments = task.high.channels ? 2 : 1;
     for (int64_t token = 0; token < task.tokens; ++token) {
@@ -186,6 +184,8 @@ float stored(const planish_kv_cache& cache, const Rows& rows, int64_t row, int i
 extern "C" {
 
 int planish_quantize_tokens(const planish_quantize* task, void*) {
+    planish::RowQuantization read = {};
+    if (const int status = planish::read_quantize(*task, read)) return status;
     if (task->type != PLANISH_FLOAT32) return fail("emulated in float32 only");
     for (int64_t token = 0; token < task->tokens; ++token) {
         const std::vector<float> row = transformed(*task, token, normed(*task, token));
@@ -228,6 +228,8 @@ int planish_best_order(int64_t, int32_t bits, int32_t* order) {
 }
 
 int planish_append_kv(const planish_append* task, void*) {
+    planish::Append read;
+    if (const int status = planish::read_append(*task, read)) return status;
     if (task->type != PLANISH_FLOAT32) return fail("emulated in float32 only");
     const planish_kv_cache& cache = task->cache;
     for (int b = 0; b < task->news.batch; ++b) {
@@ -244,21 +246,30 @@ int planish_append_kv(const planish_append* task, void*) {
     return PLANISH_OK;
 }
 
-// Fewer sequences take more, as on a GPU: what the library asks for must be enough for any of them.
+// Blocks of the GPU that splits are planned for: of more GPUs than one, for an engine may be run on another.
+__attribute__((visibility("default"))) int planish_emulated_blocks = 500;
+
 int planish_plan_attend(planish_attend* task) {
-    task->splits = 1;
-    task->workspace_bytes = 4 * (int64_t{task->cache.capacity} + 100 / task->news.batch);
+    planish::Attend read;
+    if (const int status = planish::read_shapes(*task, read)) return status;
+    planish::plan_attend(read, planish_emulated_blocks, *task);
     return PLANISH_OK;
 }
 
 int planish_attend_kv(const planish_attend* task, void*) {
+    planish::Attend read;
+    if (const int status = planish::read_attend(*task, read)) return status;
     if (task->type != PLANISH_FLOAT32) return fail("emulated in float32 only");
     const planish_kv_cache& cache = task->cache;
     const int n = cache.head_dim, group = task->heads / cache.kv_heads;
-    auto* scores = static_cast<float*>(task->workspace);
-    for (int64_t i = 0; i < task->workspace_bytes / 4; ++i) {
-        if (scores[i] != 0) return fail("the workspace is not zeroed");
+    auto* counters = static_cast<uint8_t*>(task->workspace);
+    const int64_t zeroed = task->workspace_bytes ? PLANISH_ATTEND_COUNTER_BYTES : 0;
+    if (std::any_of(counters, counters + zeroed, [](uint8_t each) { return each != 0; })) {
+        return fail("the counters are not zeroed");
     }
+    // As kernels do: all of the workspace that is planned for is written, and what the next call finds is not 0.
+    if (zeroed) std::memset(counters + zeroed, 0x55, static_cast<size_t>(task->workspace_bytes - zeroed));
+    std::vector<float> scores(static_cast<size_t>(cache.capacity));
     for (int b = 0; b < task->news.batch; ++b) {
         for (int i = 0; i < task->news.counts[b]; ++i) {
             for (int head = 0; head < task->heads; ++head) {
@@ -285,8 +296,6 @@ int planish_attend_kv(const planish_attend* task, void*) {
     }
     return PLANISH_OK;
 }
-
-const char* planish_last_error(void) { return last_error.c_str(); }
 
 // The GPU that is pretended: an SM 90, unless a test says otherwise.
 __attribute__((visibility("default"))) int planish_emulated_sm = 90;

@@ -268,13 +268,13 @@ def test_a_gated_linear(host: Host, count: int) -> None:
 class Cache:
     """The packed cache of a batch, once as the portable model has it and once as the plugins do."""
 
-    def __init__(self, host: Host, bits: tuple[int, int], heads: int, batch: int = 2) -> None:
+    def __init__(self, host: Host, bits: tuple[int, int], heads: int, batch: int = 2, context: int = 32) -> None:
         self.bits, self.clips, self.heads, self.batch = bits, (0.9, 1.0), heads, batch
-        attributes = cache(key_bits=bits[0], value_bits=bits[1])
+        attributes = cache(key_bits=bits[0], value_bits=bits[1], context=context)
         self.append = made(host, KV_APPEND, {**attributes, "key_clip": 0.9, "value_clip": 1.0})
         self.attend = made(host, KV_ATTEND, {**attributes, "heads": heads})
         self.tensors = [
-            np.full((batch, 2, 32, size), -1, dtype)
+            np.full((batch, 2, context, size), -1, dtype)
             for each in bits
             for size, dtype in ((64 * each // 32, np.int32), (2, np.float16))
         ]
@@ -330,6 +330,25 @@ def test_the_cache_is_that_of_the_planish_ops(host: Host, bits: tuple[int, int],
             )  # fmt: skip
             np.testing.assert_allclose(y[b : b + 1, :n], expected_y, rtol=1e-4, atol=1e-5)
         past = past + news
+
+
+@pytest.mark.parametrize("blocks", [8, 500, 5000])
+def test_a_cache_is_split_on_every_gpu(host: Host, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine's workspace is asked for once, and serves the GPU that it is run on, however many blocks it has."""
+    held = Cache(host, (3, 3), heads=2, batch=1, context=1024)
+    key, value, query = (floats((1, 1, 128), seed) for seed in range(3))
+    expected = held.step(np.array([0]), np.array([1]), key, value, query)
+    asked = held.attend.workspace
+    assert asked is not None
+    assert len(asked) == 4096 + 2 * 8 * 8 * 66 * 4
+    monkeypatch.setattr(ctypes.c_int.in_dll(host.library, "planish_emulated_blocks"), "value", blocks)
+    np.testing.assert_array_equal(held.step(np.array([0]), np.array([1]), key, value, query), expected)
+    # As much of it is used as the GPU has splits of this context, one query to a KV head.
+    used = 4096 + 2 * min(blocks // 2, 8) * 66 * 4
+    now = held.attend.workspace
+    assert now is not None
+    assert (now[4096:used] == 0x55).all()
+    assert (now[used:] == 255).all()
 
 
 def test_the_cache_shares_the_memory_of_its_inputs(host: Host) -> None:

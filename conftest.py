@@ -5,9 +5,10 @@ It stands at the top, not in tests/, because the tests of the passes lie beside 
 
 import importlib.util
 import os
-from pathlib import Path
 
 import pytest
+
+from tests.gpu_here import gpu_is_here
 
 # The environment is set on import, before any test imports torch or tokenizers, which read it once.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -18,10 +19,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip, with the reason, what needs a device or a package that is not here."""
     lacks = {}
-    if not Path("/dev/nvidia0").exists():
+    if not gpu_is_here():
+        if config.option.markexpr == "gpu":
+            raise pytest.UsageError("these tests run on an NVIDIA GPU, and this machine has none")
         lacks["gpu"] = pytest.mark.skip(reason="no NVIDIA GPU on this machine")
     if importlib.util.find_spec("tensorrt_rtx") is None:
         lacks["trt"] = pytest.mark.skip(reason="tensorrt_rtx is not installed (extra 'rtx')")

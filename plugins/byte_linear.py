@@ -17,8 +17,10 @@ __all__ = ["ByteWeight", "byte_linear"]
 
 #: The bits whose padding tokens get: that of whole tiles, 64 channels.
 _PADDING_BITS = 4
-#: torch._int_mm wants more tokens than 16 on a GPU, and cuBLASLt multiplies by tiles of them.
+#: torch._int_mm wants more tokens than 16 on a GPU, and cuBLASLt multiplies by tiles of them...
 _LEAST_TOKENS = 32
+#: ... and rows in multiples of this many.
+_ROW_STEP = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,7 +28,7 @@ class ByteWeight:
     """8-bit weights on a GPU, their channels in the order `LANES` of tokens.
 
     Attributes:
-        centred: int8 [rows, padded channels], code - 128, and 0 for padding.
+        centred: int8 [padded rows, padded channels], code - 128, and 0 for padding.
         scales: float32 [rows].
         channels: input channels.
     """
@@ -46,10 +48,10 @@ class ByteWeight:
         """
         rows, channels = codes.shape
         padded = TokenSegment(channels, 8, _PADDING_BITS).padded
-        whole = np.full((rows, padded), 128, np.uint8)
-        whole[:, :channels] = codes
+        whole = np.full((-(-rows // _ROW_STEP) * _ROW_STEP, padded), 128, np.uint8)
+        whole[:rows, :channels] = codes
         # Every eight channels, even ones first.
-        lanes = np.ascontiguousarray(whole.reshape(rows, -1, 4, 2).swapaxes(2, 3)).reshape(rows, padded)
+        lanes = np.ascontiguousarray(whole.reshape(len(whole), -1, 4, 2).swapaxes(2, 3)).reshape(whole.shape)
         centred = (lanes ^ np.uint8(128)).view(np.int8)
         return cls(torch.from_numpy(centred).to(device), torch.from_numpy(np.array(scale)).to(device), channels)
 
@@ -80,5 +82,5 @@ def byte_linear(tokens: QuantizedTokens, weight: ByteWeight) -> torch.Tensor:
     # Unsigned subtraction wraps around: what is below the zero point becomes the byte of a negative number.
     centred = tokens.codes.new_zeros(max(count, _LEAST_TOKENS), stored)
     torch.sub(tokens.codes, 1 << segment.bits - 1, out=centred[:count])
-    sums = torch._int_mm(centred.view(torch.int8), weight.centred.T)[:count]
+    sums = torch._int_mm(centred.view(torch.int8), weight.centred.T)[:count, : len(weight.scales)]
     return sums * weight.scales * tokens.scales

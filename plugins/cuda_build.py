@@ -5,6 +5,7 @@ GPU. `make plugins` runs this module.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,17 +32,29 @@ UNITS = (
     "attend_kv",
 )
 
+#: Major version of CUDA that knows all of `ARCHITECTURES`.
+_CUDA = 13
 #: IEEE division and square root (nvcc's default, no fast math): codes must be those of the portable op.
 _FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings", "--cudart", "static")
 
 
 def find_tool(name: str) -> Path | None:
-    """Return nvcc, cuobjdump or nvdisasm from $CUDA_HOME, the path or the wheels of this environment, or None."""
+    """Return nvcc, cuobjdump or nvdisasm of CUDA 13 from $CUDA_HOME, the path or the wheels of this environment.
+
+    An older one is taken only if there is no other; None is none at all.
+    """
     home = os.environ.get("CUDA_HOME")
     wheels = [Path(folder) / "nvidia" / "cu13" / "bin" for folder in sys.path]
     folders = [*([Path(home) / "bin"] if home else []), *map(Path, os.get_exec_path()), *wheels]
-    found = shutil.which(name, path=os.pathsep.join(map(str, folders)))
-    return Path(found) if found else None
+    found = [Path(tool) for folder in folders if (tool := shutil.which(name, path=str(folder)))]
+    return next((tool for tool in found if _major(tool) >= _CUDA), found[0] if found else None)
+
+
+def _major(tool: Path) -> int:
+    """Return the major version of CUDA that a tool is of; 0 if it does not say."""
+    said = subprocess.run([str(tool), "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)", said)
+    return int(release[1]) if release else 0
 
 
 def build_kernels(library: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> Path:
@@ -77,7 +90,10 @@ def _nvcc(*arguments: str) -> None:
         )
     done = subprocess.run([str(nvcc), *_FLAGS, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise NativeBuildError(f"nvcc failed on {' '.join(arguments)}.\n{(done.stderr or done.stdout).strip()}")
+        older = f" It is of CUDA {_major(nvcc)}, and {_CUDA} is wanted." if _major(nvcc) < _CUDA else ""
+        raise NativeBuildError(
+            f"{nvcc} failed on {' '.join(arguments)}.{older}\n{(done.stderr or done.stdout).strip()}"
+        )
 
 
 def main() -> None:

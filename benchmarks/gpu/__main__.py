@@ -4,9 +4,9 @@
     python -m benchmarks.gpu [--only TEXT] [--json]
 
 Every time is the median of 50 replays of a CUDA graph, divided by its calls. Weights take turns, more than 120 MB of
-them, so that none is found in L2. The peer runs in the same process on the same card. `ratio` is the peer's time over
-ours, `goal` what it should be at least; `floor` is the least time by the card's own measured ceilings, and `of floor`
-how much of our time that is. With `--json` the last line is one JSON object.
+them and three times the L2, so that none is found there. The peer runs in the same process on the same card. `ratio`
+is the peer's time over ours, `goal` what it should be at least; `floor` is the least time by the card's own measured
+ceilings, and `of floor` how much of our time that is. With `--json` the last line is one JSON object.
 """
 
 import argparse

@@ -12,26 +12,32 @@ object.
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from planish.compiler.bundle.bundle import Bundle
-from planish.compiler.errors import PlanishError
+from planish.compiler.errors import PlanishError, TextError
 from planish.compiler.gpu.decoder import Decoder
 
-__all__ = ["Peer", "Row", "main", "table_of"]
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+__all__ = ["Peer", "Row", "main", "peer_model", "table_of"]
 
 OURS = "planish"
 REPEATS = 5
 _WARM_UP = 3
+#: The peer's cache has a multiple of this many places.
+_SLOTS = 64
 
 
 class Model(Protocol):
@@ -44,21 +50,32 @@ class Model(Protocol):
         """Run the token chosen last and choose the next."""
 
 
+def peer_model(config: Path, device: torch.device) -> "LlamaForCausalLM":
+    """Return the float16 model of a config.json with random weights, made as such: in float32 it may not fit."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with device:
+        model: LlamaForCausalLM = LlamaForCausalLM._from_config(
+            LlamaConfig.from_json_file(config), dtype=torch.float16
+        ).eval()
+    return model
+
+
 class Peer:
     """A float16 LlamaForCausalLM of transformers with a static cache and random weights."""
 
-    def __init__(self, config: Path, context: int, device: torch.device, *, compiled: bool = False) -> None:
-        """Make the model of a config.json with room for `context` tokens."""
-        from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+    def __init__(self, model: "LlamaForCausalLM", context: int, *, compiled: bool = False) -> None:
+        """Take a model of `peer_model`, with room for `context` tokens and a few more."""
+        from transformers import StaticCache
 
-        shape = LlamaConfig.from_json_file(config)
-        with device:
-            self.model = LlamaForCausalLM(shape).half().eval()
-        self._run: Callable[..., object] = self.model
+        self.model, device = model, model.device
+        self._run: Callable[..., object] = model
         if compiled:
-            self._run = torch.compile(self.model, mode="max-autotune-no-cudagraphs", fullgraph=True)
-        self._cache = StaticCache(config=shape, max_cache_len=context)
-        self._slots = torch.arange(context, device=device)
+            self._run = torch.compile(model, mode="max-autotune-no-cudagraphs", fullgraph=True)
+        # PyTorch's attention copies a mask of another width in every layer.
+        slots = -(-context // _SLOTS) * _SLOTS
+        self._cache = StaticCache(config=model.config, max_cache_len=slots)
+        self._slots = torch.arange(slots, device=device)
         self._token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -154,18 +171,25 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
 
 def measure(bundle: Bundle, prompt: int, tokens: int) -> tuple[list[Row], dict[str, str]]:
     """Return the rows, ours first, and why a peer is lacking, by its name."""
-    device, context = torch.device("cuda"), prompt + tokens + _WARM_UP
-    config = bundle.path / "config.json"
+    context = prompt + tokens + _WARM_UP
+    if context > bundle.manifest.max_context:
+        raise TextError(
+            f"The bundle has room for {bundle.manifest.max_context} tokens, and {prompt} of prompt, {tokens} decoded "
+            f"and {_WARM_UP} to warm up are {context}. Ask for fewer (--prompt, --tokens)."
+        )
+    # Both peers run the same weights, which each of them would hold alone.
+    weights = functools.cache(lambda: peer_model(bundle.path / "config.json", torch.device("cuda")))
     makers: dict[str, Callable[[], Decoder | Peer]] = {
         OURS: lambda: Decoder.open(bundle, context=context),
-        "transformers float16": lambda: Peer(config, context, device),
-        "transformers float16, torch.compile": lambda: Peer(config, context, device, compiled=True),
+        "transformers float16": lambda: Peer(weights(), context),
+        "transformers float16, torch.compile": lambda: Peer(weights(), context, compiled=True),
     }
     models: dict[str, Model] = {}
     sizes: dict[str, float] = {}
     lacking: dict[str, str] = {}
     for name, make in makers.items():
-        before = torch.cuda.memory_allocated()
+        shared = weights().get_memory_footprint() if name != OURS and weights.cache_info().currsize else 0
+        before, made = torch.cuda.memory_allocated(), None
         try:
             made = make()
             made.capture()
@@ -175,7 +199,7 @@ def measure(bundle: Bundle, prompt: int, tokens: int) -> tuple[list[Row], dict[s
                 raise
             lacking[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             continue
-        models[name], sizes[name] = made, (torch.cuda.memory_allocated() - before) / 1e9
+        models[name], sizes[name] = made, (torch.cuda.memory_allocated() - before + shared) / 1e9
     text = [i % bundle.config.vocab_size for i in range(1, prompt + 1)]
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(REPEATS):

@@ -1,12 +1,18 @@
 """The linears of LLaMA models, what they move and multiply, and the least time that takes."""
 
 import dataclasses
+import functools
 import math
 
-__all__ = ["LAYERS", "Ceilings", "Shape", "copies_for", "floor", "linear_bytes"]
+import torch
 
-#: Weights in use by turns are more than this many bytes, so that none of them is left in a GPU's L2 (50 MB on H100).
+__all__ = ["LAYERS", "Ceilings", "Shape", "copies_for", "floor", "linear_bytes", "rotated_bytes"]
+
+#: Weights in use by turns are more than this many bytes, so that none of them is left in a GPU's L2 (50 MB on H100)...
 ROTATED_BYTES = 120_000_000
+#: ... and more than this many times the L2 of the GPU at hand: a cache that is not strictly least-recently-used keeps
+#: some of what is only a little larger.
+_ROTATED_CACHES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,5 +80,13 @@ def floor(bytes_moved: float, operations: float, ceilings: Ceilings, int8: bool)
 
 
 def copies_for(bytes_each: float) -> int:
-    """Return how many copies of a weight take turns: more than ROTATED_BYTES together, and two at least."""
-    return max(2, math.floor(ROTATED_BYTES / bytes_each) + 1)
+    """Return how many copies of a weight take turns: more than `rotated_bytes` together, and two at least."""
+    return max(2, math.floor(rotated_bytes() / bytes_each) + 1)
+
+
+@functools.cache
+def rotated_bytes() -> int:
+    """Return how many bytes take turns on the GPU at hand; ROTATED_BYTES where there is none."""
+    if not torch.cuda.is_available():
+        return ROTATED_BYTES
+    return max(ROTATED_BYTES, _ROTATED_CACHES * int(torch.cuda.get_device_properties().L2_cache_size))

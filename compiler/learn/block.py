@@ -172,8 +172,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     Queries are of all tokens that have keys, or of the last one alone, which sees all of them.
     """
+    grouped = query.shape[1] > key.shape[1]
+    if grouped and query.device.type != "cpu":
+        # On a GPU, float32 heads that share keys have no kernel but the one that holds all scores.
+        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
+        grouped = False
     attended = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=query.shape[2] > 1, enable_gqa=query.shape[1] > key.shape[1]
+        query, key, value, is_causal=query.shape[2] > 1, enable_gqa=grouped
     )
     return attended.transpose(1, 2).flatten(2)
 

@@ -39,7 +39,7 @@ def check_provider(provider: Provider) -> None:
     if provider.names[0] not in ort.get_available_providers():
         raise MissingExtraError(
             "The installed ONNX Runtime has no CUDA. Its package for GPUs takes the place of the other one: "
-            "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]>=1.31,<2'"
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]>=1.31,<2'"
         )
     if provider is Provider.CUDA:
         # Libraries that pip installed are not where the loader looks.

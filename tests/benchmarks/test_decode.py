@@ -1,18 +1,22 @@
 """The benchmark of decoding as far as a host goes: the peer against transformers, the table, the words."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.gpu.decode import Peer, Row, main, table_of
+from benchmarks.gpu.decode import Peer, Row, main, measure, peer_model, table_of
+from planish.compiler.errors import TextError
 from tests.tiny import write_tiny
 
 
 def test_the_peer_decodes_as_transformers_does(tmp_path: Path) -> None:
     """Over its static cache it gives the logits of the whole text at once, a second time too."""
-    peer = Peer(write_tiny(tmp_path / "tiny") / "config.json", 32, torch.device("cpu"))
+    peer = Peer(peer_model(write_tiny(tmp_path / "tiny") / "config.json", torch.device("cpu")), 32)
+    assert {each.dtype for each in peer.model.parameters()} == {torch.float16}
     for prompt in ([5, 9, 40, 7], [8]):
         logits, ids = [peer.prefill(prompt).clone()], list(prompt)
         for _ in range(6):
@@ -36,3 +40,9 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="finds no GPU, and these are tokens per second on one"):
         main(["out/smollm2"])
+
+
+def test_more_tokens_than_there_is_room_for() -> None:
+    bundle: Any = SimpleNamespace(manifest=SimpleNamespace(max_context=256))
+    with pytest.raises(TextError, match=r"has room for 256 tokens, and 128 of prompt, 126 decoded and 3 .* are 257"):
+        measure(bundle, 128, 126)

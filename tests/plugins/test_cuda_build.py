@@ -1,5 +1,6 @@
 """nvcc is found where it may be, told apart from not being there, and given every architecture."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,13 @@ from planish.plugins import cuda_build
 from planish.plugins.cuda_build import ARCHITECTURES, UNITS, build_kernels, find_tool
 from planish.plugins.native import SOURCES, NativeBuildError
 
-SAYS_WHAT_IT_GETS = '#!/bin/sh\nfor last; do :; done\necho "$@" > "$last"\n'
+#: Of CUDA 13 and 12.
+SAYS_WHAT_IT_GETS = """#!/bin/sh
+if [ "$1" = --version ]; then echo "Cuda compilation tools, release 13.0, V13.0.88"; exit; fi
+for last; do :; done
+echo "$@" > "$last"
+"""
+OLDER = SAYS_WHAT_IT_GETS.replace("13.0", "12.4")
 
 
 @pytest.fixture
@@ -35,6 +42,11 @@ def test_tools_of_wheels_and_of_a_toolkit(nowhere: Path, monkeypatch: pytest.Mon
     toolkit = program(nowhere / "toolkit" / "bin" / "nvcc", SAYS_WHAT_IT_GETS)
     monkeypatch.setenv("CUDA_HOME", str(nowhere / "toolkit"))
     assert find_tool("nvcc") == toolkit
+    # One that does not know all architectures, where there is another.
+    program(toolkit, OLDER)
+    assert find_tool("nvcc") == wheel
+    wheel.unlink()
+    assert find_tool("nvcc") == toolkit
 
 
 def test_no_nvcc(nowhere: Path) -> None:
@@ -52,9 +64,12 @@ def test_every_unit_and_architecture_is_compiled(nowhere: Path) -> None:
 
 
 def test_nvcc_fails(nowhere: Path) -> None:
-    program(nowhere / "nvcc", "#!/bin/sh\necho 'no such architecture' >&2\nexit 1\n")
-    with pytest.raises(NativeBuildError, match=r"nvcc failed on (.|\n)*no such architecture"):
+    fails = "echo 'no such architecture' >&2; exit 1; for last"
+    program(nowhere / "nvcc", OLDER.replace("for last", fails))
+    with pytest.raises(NativeBuildError) as raised:
         build_kernels(nowhere / "library.so")
+    assert re.match(rf"{nowhere}/nvcc failed on .* It is of CUDA 12, and 13 is wanted\.", str(raised.value))
+    assert str(raised.value).endswith("\nno such architecture")
 
 
 def test_main_does_without_nvcc(

@@ -22,6 +22,7 @@ from planish.plugins.kernel_library import (
     library_path,
 )
 from planish.plugins.native import SOURCES, NativeBuildError, find_compiler
+from tests.gpu_here import gpu_is_here
 from tests.kernel_emulation import emulated_kernels
 
 #: Structures of planish_kernels.h.
@@ -195,7 +196,7 @@ def test_the_last_error_stays_until_the_next(library: ctypes.CDLL) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU")
+@pytest.mark.skipif(gpu_is_here(), reason="there is a GPU")
 def test_no_gpu_is_said(tmp_path: Path) -> None:
     if find_tool("nvcc") is None:
         pytest.skip("no nvcc, see docs/kernels.md")

@@ -1,6 +1,5 @@
 """Round a weight whose channels have two formats: clips of the low part, then AdaRound of the high one."""
 
-import torch
 from torch import Tensor
 
 from planish.compiler.learn.rounding.adaround import Beside, adaround
@@ -39,7 +38,7 @@ def round_split(
             high_rows = adaround(weight[high], quantize_weight(weight[high], split.high), moment, held_out)
         return SplitWeight(split.axis, order, high_rows, low_rows)
     low_part = high_part = None
-    error = torch.zeros(len(weight), 0)
+    error = weight.new_zeros(len(weight), 0)
     if len(low):
         low_part = learn_clips(weight[:, low], moment[low][:, low], held_out[low][:, low], split.low)
         error = weight[:, low] - dequantize_weight(low_part)

@@ -35,8 +35,10 @@ def smooth_ffn_out(
         except Reached as reached:
             inputs.append(reached.x)
         weights.append(residual_weights(outputs[part]).reshape(outputs[part].shape[:2]))
+    together = torch.cat(inputs)
+    inputs.clear()
     found = smooth_rotation(
-        torch.cat(inputs),
+        together,
         block.weight("mlp.down_proj"),
         scheme.at("ffn_out"),
         seed=seed,

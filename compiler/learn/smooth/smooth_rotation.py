@@ -29,6 +29,8 @@ Policy = Literal["ones", "max", "quantile", "rms", "rms_learned", "quantile_lear
 
 #: One sequence in so many is held out, the last ones.
 _HELD_OUT = 4
+#: Tokens that are squared in float64 at a time.
+_CHUNK = 4096
 #: Quantile rules whose error is measured, of those with the lowest predicted error.
 _MEASURED = 8
 
@@ -133,10 +135,10 @@ def smooth_rotation(
         scale = learn_scale(start.scale, train, held_out, weight, rotation, form, seed=seed, learning=learning)
         return candidate(policy, scale, start.alpha, start.q)
 
-    moments = (
-        (train.x.double().square() * train.weights.double()[:, None]).sum(0) / train.weights.sum(),
-        weight.double().square().mean(0),
-    )
+    squares = torch.zeros_like(weight[0], dtype=torch.float64)
+    for x, counted in zip(torch.split(train.x, _CHUNK), torch.split(train.weights, _CHUNK), strict=True):
+        squares += counted.double() @ x.double().square()
+    moments = (squares / train.weights.sum(), weight.double().square().mean(0))
     ones = candidate("ones", torch.ones_like(weight[0]))
     largest = candidate("max", _centred(max_rule(train.x.abs().amax(0), weight.abs().amax(0), 0.5)), 0.5, 1.0)
     quantiles = [

@@ -62,6 +62,8 @@ def test_an_engine_gives_the_logits_of_onnx_runtime(flavour: str, scheme: str, t
         sms = (first_device().sm,)
         build_engines(portable, tmp_path / "engine", flavour=flavour, sms=sms, max_prompt=8, max_context=32)
     except EngineBuildError as error:
+        if "cannot build for SM" not in str(error):
+            raise
         pytest.skip(str(error))
     session, reference = EngineSession(tmp_path / "engine", flavour), Session(portable, 1)
     bound, cache, theirs = 0.01 if scheme == "w16a16k16v16" else 0.05, None, None

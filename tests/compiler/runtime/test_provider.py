@@ -40,7 +40,7 @@ def test_an_onnx_runtime_without_cuda(bundle: Bundle) -> None:
     if CUDA in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
     check_provider(Provider.CPU)
-    told = r"has no CUDA\. .*pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu\[cuda,cudnn\]"
+    told = r"has no CUDA\. .*pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu\[cuda,cudnn\]"
     for ask in (bundle.session, bundle.load, bundle.runnable):
         with pytest.raises(MissingExtraError, match=told):
             ask(provider="cuda")

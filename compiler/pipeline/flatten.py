@@ -268,7 +268,6 @@ def _polish(
         "epochs": epochs,
         # Of an epoch that diverged there is none; JSON has no infinity.
         "held_out_divergence": [each if math.isfinite(each) else None for each in polished.divergence],
-        "kept": polished.choice,
         "kept_divergence": polished.kept,
         "held_out_cross_entropy": polished.cross_entropy,
     }

@@ -38,9 +38,8 @@ def _flattening(facts: Mapping[str, Any]) -> Iterator[str]:
     if facts["choice"] and facts["polish"] is None:
         yield "The model was not polished."
     elif facts["polish"]:
-        before, *after = facts["polish"]["held_out_divergence"]
-        # The last step and the average of the last steps.
-        if all(each is None or each >= before for each in after[-2:]):
+        before, *_, after = facts["polish"]["held_out_divergence"]
+        if after is None or after >= before:
             yield "Polishing was undone: it got no better on held-out text."
 
 

@@ -5,15 +5,13 @@ that the distribution of the next token comes close to the float model's: min KL
 calibration text. Roundings pass the gradient straight through.
 
 The last steps are averaged (Polyak and Juditsky, SIAM J. Control Optim. 30, 1992; Izmailov et al., arXiv
-1803.05407): a step follows the gradient of one sequence, and much of it is that sequence's own. Where little is to be
-won, as at 4 bits, the steps in the middle are still too far off, so held-out text decides between average and end.
+1803.05407): a step follows the gradient of one sequence, and much of it is that sequence's own.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -64,18 +62,9 @@ class Polished:
     cross_entropy: float
 
     @property
-    def choice(self) -> Literal["start", "end", "average"]:
-        """What is kept: the closest to the float model on held-out text."""
-        start, *_, end, average = self.divergence
-        if start <= min(end, average):
-            return "start"
-        return "end" if end <= average else "average"
-
-    @property
     def kept(self) -> float:
-        """The divergence of what is kept."""
-        start, *_, end, average = self.divergence
-        return min(start, end, average)
+        """The divergence of what is kept: the average, or the start if that is closer."""
+        return min(self.divergence[0], self.divergence[-1])
 
 
 def polish(
@@ -93,7 +82,7 @@ def polish(
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Polished:
-    """Return the end, the average of the last steps, or the start: the closest to the float model on held-out text.
+    """Return the average of the last steps, or the start where that is closer to the float model on held-out text.
 
     Nothing in between is a candidate: held-out text is short, and the luckiest of many epochs is not the best.
 
@@ -154,14 +143,12 @@ def polish(
             unfinished = state.with_suffix(".part")
             torch.save(made | {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, unfinished)
             unfinished.rename(state)
-        end = model.state()
         model.load(average)
-        polished = Polished(transforms, {}, [*divergence, _divergence(model, ids[fitted:], final[fitted:])], math.inf)
-        model.load({"start": start, "end": end, "average": average}[polished.choice])
+        found = _divergence(model, ids[fitted:], final[fitted:])
+        if found >= divergence[0]:
+            model.load(start)
         cross_entropy = model.cross_entropy(token_ids[fitted:])
-    return dataclasses.replace(
-        polished, transforms=model.transforms(), row_scales=model.row_scales(), cross_entropy=cross_entropy
-    )
+    return Polished(model.transforms(), model.row_scales(), [*divergence, found], cross_entropy)
 
 
 def _divergence(model: LowBitModel, ids: Tensor, final: Tensor) -> float:

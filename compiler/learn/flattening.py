@@ -33,6 +33,7 @@ from planish.passes.scheme import Scheme
 from planish.passes.transforms import SITES, LayerTransforms, Site, Transforms
 
 __all__ = [
+    "FEWEST_SEQUENCES",
     "embedding",
     "finite_outputs",
     "flatten_checkpoint",
@@ -44,7 +45,8 @@ __all__ = [
 ]
 
 _EVIDENCE, _PROFILES = "evidence.json", "profiles.safetensors"
-_FEWEST = 4
+#: Calibration sequences, at least.
+FEWEST_SEQUENCES = 4
 
 
 def held_out_sequences(sequences: int) -> int:
@@ -53,10 +55,10 @@ def held_out_sequences(sequences: int) -> int:
     Raises:
         CalibrationError: if there are too few sequences to fit to some and measure on others.
     """
-    if sequences < _FEWEST:
+    if sequences < FEWEST_SEQUENCES:
         raise CalibrationError(
             f"{sequences} calibration sequences are too few to fit to some and measure on others. "
-            f"Ask for {_FEWEST} or more (--nsamples)."
+            f"Ask for {FEWEST_SEQUENCES} or more (--nsamples)."
         )
     return max(1, sequences // 8)
 

@@ -90,18 +90,24 @@ class StreamFiles:
                 run(streams.target[part]).cpu().numpy().tofile(file)
         return self._halves(unfinished)[0]
 
-    def advance(self, layer: int, run: Callable[[Tensor], Tensor]) -> None:
+    def open_float(self, layer: int) -> Streams:
+        """Return the inputs of a block where nothing in front of it is quantised: both streams are the float model's."""
+        target, _ = self._halves(self._path(layer))
+        return Streams(target, target, self._held_out)
+
+    def advance(self, layer: int, run: Callable[[Tensor], Tensor] | None = None) -> None:
         """Write the inputs of the block after `layer`, behind its outputs that `write_outputs` wrote.
 
         Args:
             layer: the block that was computed.
-            run: the quantised block.
+            run: the quantised block; None is none, and `open_float` reads what is there.
         """
         streams, unfinished = self.open(layer), self._unfinished(layer + 1)
-        with unfinished.open("r+b") as file:
-            file.seek(self._halves(unfinished)[1].offset)
-            for part in streams.all_batches():
-                run(streams.seen[part]).cpu().numpy().tofile(file)
+        if run:
+            with unfinished.open("r+b") as file:
+                file.seek(self._halves(unfinished)[1].offset)
+                for part in streams.all_batches():
+                    run(streams.seen[part]).cpu().numpy().tofile(file)
         unfinished.rename(self._path(layer + 1))
         self._path(layer).unlink()
 

@@ -70,7 +70,14 @@ def choose_forms(
     """
     overrides = resolve_overrides(policy.overrides, checkpoint.config.num_hidden_layers)
     chosen = _by_policy(checkpoint, scheme, policy, token_ids, folder, progress, seed, device)
+    if policy.plan is None:
+        chosen = [dataclasses.replace(each, forms={**each.forms, **_useless(scheme)}) for each in chosen]
     return [_overridden(each, of_layer) for each, of_layer in zip(chosen, overrides, strict=True)]
+
+
+def _useless(scheme: Scheme) -> dict[Site, Form]:
+    """Return identities where nothing is rounded behind a map that runs online: at keys of a cache in floating point."""
+    return {} if scheme.quantizes_cache else {"key": "identity"}
 
 
 def _overridden(chosen: ChosenForms, overrides: Mapping[Site, SiteOverride]) -> ChosenForms:
@@ -107,7 +114,7 @@ def _by_policy(
         budget = DEFAULT_BUDGET if policy.budget is None else policy.budget
         flops = round(budget * linear_flops(checkpoint.config))
         # What `fixed:affine` costs, the default may cost too: so the best choice is never worse than that one.
-        return forms_within_budget(errors, max(flops, _affine_cost(errors)) if policy.name == "auto" else flops)
+        return forms_within_budget(errors, max(flops, _affine_cost(errors, scheme)) if policy.name == "auto" else flops)
     if policy.name == "search":
         searched = search_forms(
             checkpoint,
@@ -167,8 +174,9 @@ def forms_within_budget(errors: Sequence[FormErrors], budget: int) -> list[Chose
     ]
 
 
-def _affine_cost(errors: Sequence[FormErrors]) -> int:
-    return sum(of_layer.flops[site][form_of(site, "affine")] for of_layer in errors for site in SITES)
+def _affine_cost(errors: Sequence[FormErrors], scheme: Scheme) -> int:
+    sites = [site for site in SITES if site not in _useless(scheme)]
+    return sum(of_layer.flops[site][form_of(site, "affine")] for of_layer in errors for site in sites)
 
 
 def _of_search(found: Searched) -> ChosenForms:

@@ -55,12 +55,12 @@ def visit_float_blocks(
             path = folder / f"{name}-{layer}.json"
             # The streams go on after the findings are kept: a run that was killed between the two does only that.
             if files.newest() == layer:
-                block, streams = read_block(checkpoint, layer).to(device), files.open(layer)
+                block, streams = read_block(checkpoint, layer).to(device), files.open_float(layer)
                 outputs = finite_outputs(block, files, angles, layer)
                 if not path.exists():
                     with naming_block(layer):
                         write_json(path, visit(layer, block, streams, outputs))
-                files.advance(layer, lambda x: x)
+                files.advance(layer)
             found.append(json.loads(path.read_text(encoding="utf-8")))
             progress(layer + 1, config.num_hidden_layers)
     return found

@@ -18,6 +18,7 @@ import torch
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.errors import SelectionError
 from planish.compiler.learn.block import SITE_MODULES
+from planish.compiler.learn.flattening import FEWEST_SEQUENCES, held_out_sequences
 from planish.compiler.learn.rounding.site_fit import HighCount
 from planish.compiler.progress import Progress
 from planish.compiler.select.channel_split import ChannelSplit
@@ -145,7 +146,9 @@ def choose_channels(
         SelectionError: see `check_high_policy`.
     """
     split, shapes = ChannelSplit.of(form, policy.bits), group_shapes(checkpoint, BY_SITE)
-    tokens = token_ids[:SEQUENCES]
+    # What is held out of the flattening stays out here too, unless too few sequences would be left.
+    fitted = len(token_ids) - held_out_sequences(len(token_ids))
+    tokens = token_ids[: max(FEWEST_SEQUENCES, min(SEQUENCES, fitted))]
     sensitivity = measure_sensitivity(checkpoint, tokens, form, folder, progress, transforms, device)
     losses: list[PairLosses] = []
     block_weights = [each.output_weight if policy.weighted else 1.0 for each in sensitivity]

@@ -30,7 +30,7 @@ def checkpoint(tiny: Path) -> Checkpoint:
 
 
 def chosen(checkpoint: Checkpoint, policy: SelectionPolicy, folder: Path) -> list[dict[Site, Form]]:
-    made = choose_forms(checkpoint, Scheme.parse("w4a4"), policy, IDS, folder, Silent())
+    made = choose_forms(checkpoint, Scheme.parse("w4a4k4v4"), policy, IDS, folder, Silent())
     return [each.forms for each in made]
 
 
@@ -57,6 +57,14 @@ def test_fixed_is_the_same_everywhere(checkpoint: Checkpoint, tmp_path: Path) ->
         **dict.fromkeys(SITES, "affine"),
         "attn_out": "rotation",
     }
+
+
+@pytest.mark.parametrize("policy", ["fixed:affine", "fixed:rotation", "kurtosis"])
+def test_keys_of_a_float_cache_have_no_map(policy: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """It would run online in front of nothing that is rounded; the value map folds, and helps what is behind it."""
+    made = choose_forms(checkpoint, Scheme.parse("w4a4"), SelectionPolicy.parse(policy), IDS, tmp_path, Silent())
+    assert all(each.forms["key"] == "identity" for each in made)
+    assert all(each.forms["value"] != "identity" for each in made)
 
 
 def test_kurtosis_decides_groups(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

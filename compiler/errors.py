@@ -76,7 +76,7 @@ class DiskFullError(OutputFolderError):
 
 
 class TokenizerError(PlanishError):
-    """The tokenizer is missing or unreadable."""
+    """The tokenizer is missing or unreadable, or gives tokens that the model does not have."""
 
     exit_code = 14
 
@@ -160,6 +160,6 @@ class TaskError(PlanishError):
 
 
 class ComparisonError(PlanishError):
-    """Models that cannot be compared, because their tokenizers differ or the float model is not the bundle's."""
+    """Models that cannot be compared: their tokenizers or logits differ, or the float model is not the bundle's."""
 
     exit_code = 31

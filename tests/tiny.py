@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BASE", "CHAT_TEMPLATE", "VARIANTS", "write_tiny"]
+__all__ = ["BASE", "CHAT_TEMPLATE", "VARIANTS", "cut_and_padded", "write_tiny"]
 
 #: The config of every tiny model unless overridden. No width but the hidden one is a power of two.
 BASE: dict[str, Any] = {
@@ -91,6 +91,17 @@ def write_tiny(
     model.save_pretrained(folder, max_shard_size="80KB" if shards else "1GB")
     _write_tokenizer(folder)
     return folder
+
+
+def cut_and_padded(folder: Path) -> None:
+    """Have the tokenizer.json of `folder` say that texts are cut and padded, to 12 tokens."""
+    from tokenizers import Tokenizer
+
+    path = str(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.enable_truncation(12)
+    tokenizer.enable_padding(length=12, pad_id=_SPECIAL.index("<|pad|>"), pad_token="<|pad|>")
+    tokenizer.save(path)
 
 
 def _write_tokenizer(folder: Path) -> None:

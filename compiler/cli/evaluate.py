@@ -39,7 +39,7 @@ def run_eval(
     """Measure perplexity and divergence on windows of a text, and zero-shot scores on tasks."""
     from planish.compiler.harness.tasks import load_tasks, mean_score, score_tasks
     from planish.compiler.measure.evaluation import evaluate_windows
-    from planish.compiler.measure.subject import check_same_tokens, open_subject
+    from planish.compiler.measure.subject import check_same_tokens, check_same_vocabulary, open_subject
     from planish.compiler.measure.texts import cut_windows
     from planish.compiler.progress import progress_for
 
@@ -57,8 +57,11 @@ def run_eval(
         subject = open_subject(model, target=target, threads=threads, provider=provider)
         if read is not None:
             reference = _reference(subject, kl, against, threads)
-            check_same_tokens([subject, *([reference] if reference else [])], read)
-            cut = cut_windows(subject.tokenizer, read, *read.sizes(seqlen, windows, subject.max_context))
+            readers = [subject, *([reference] if reference else [])]
+            check_same_tokens(readers, read)
+            check_same_vocabulary(readers)
+            context = min(each.max_context for each in readers)
+            cut = cut_windows(subject.tokenizer, read, *read.sizes(seqlen, windows, context))
             (found,) = evaluate_windows([subject.model], cut, reference.model if reference else None, progress)
         if loaded is not None:
             scores = score_tasks(subject, loaded, progress, limit=limit, answers=answers)

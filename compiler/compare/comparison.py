@@ -16,7 +16,14 @@ from planish.compiler.errors import ComparisonError
 from planish.compiler.harness.tasks import TaskScores, load_tasks, mean_score, score_tasks
 from planish.compiler.measure.bench import Side, measure_sides, prompt_length
 from planish.compiler.measure.evaluation import Evaluation, evaluate_windows
-from planish.compiler.measure.subject import Subject, check_same_tokens, float_subject, is_bundle, open_subject
+from planish.compiler.measure.subject import (
+    Subject,
+    check_same_tokens,
+    check_same_vocabulary,
+    float_subject,
+    is_bundle,
+    open_subject,
+)
 from planish.compiler.measure.texts import Text, cut_windows
 from planish.compiler.progress import Progress
 from planish.compiler.runtime.provider import Provider
@@ -110,7 +117,8 @@ def compare_models(
         sources: two or more bundles and checkpoints.
         texts: what to evaluate on, one or more.
         progress: is told how far the run is.
-        seqlen: tokens in a window of each text; None is what is usual for it, or the shortest context.
+        seqlen: tokens in a window of each text; None is what is usual for it, or the shortest context, which may be
+            that of the reference.
         windows: how many windows of each text; None is what is usual for it.
         divergence: measure the divergence from the reference.
         against: the reference; None is the first checkpoint among the models, or else the float model of the first
@@ -122,7 +130,8 @@ def compare_models(
         provider: of the bundles, where ONNX Runtime runs them.
 
     Raises:
-        ComparisonError: if there is one model only, two have different tokenizers, or there is no reference.
+        ComparisonError: if there is one model only, two have different tokenizers, or there is no reference, or none
+            with as many logits as the models.
         PlanishError: as `open_subject`, `cut_windows`, `load_tasks` and `measure_sides` do.
     """
     if len(sources) < 2:
@@ -136,24 +145,23 @@ def compare_models(
         for source in sources
     ]
     reference = _reference(subjects, against, threads) if divergence else None
-    context, cuts = min(subject.max_context for subject in subjects), []
-    prompt = prompt_length(context) if speed else 0
+    prompt = prompt_length(min(subject.max_context for subject in subjects)) if speed else 0
+    read, cuts = [*subjects, *([reference] if reference else [])], []
+    context = min(subject.max_context for subject in read)
     for text in texts:
-        check_same_tokens([*subjects, *([reference] if reference else [])], text)
+        check_same_tokens(read, text)
         cuts.append(cut_windows(subjects[0].tokenizer, text, *text.sizes(seqlen, windows, context)))
+    if reference:
+        check_same_vocabulary(read)
     evaluations = [
         evaluate_windows([subject.model for subject in subjects], cut, reference.model if reference else None, progress)
         for cut in cuts
     ]
-    scores: list[dict[str, TaskScores]] = [{} for _ in subjects]
-    if tasks:
-        for place, subject in enumerate(subjects):
-            progress.say(f"tasks: {sources[place]}")
-            scores[place] = score_tasks(subject, loaded, progress, limit=tasks.limit, answers=tasks.answers)
+    scores = _score(sources, subjects, loaded, tasks, progress) if tasks else [{} for _ in subjects]
     described = [_describe(subject.origin) for subject in subjects]
     name_of_reference = reference.name if reference else None
     # Speed is that of a machine with nothing else in memory.
-    del subjects, reference
+    del subjects, reference, read
     sides = _speeds(sources, runnables, threads, prompt, progress) if speed else {}
     models = [
         Compared(source, *described[place], [each[place] for each in evaluations], scores[place], sides.get(str(place)))
@@ -171,6 +179,16 @@ def _reference(subjects: list[Subject], against: str | None, threads: int | None
     first = subjects[0].origin
     assert isinstance(first, Bundle)
     return float_subject(first, threads)
+
+
+def _score(
+    sources: Sequence[str], subjects: Sequence[Subject], loaded: dict[str, Any], tasks: TaskSettings, progress: Progress
+) -> list[dict[str, TaskScores]]:
+    scores = []
+    for source, subject in zip(sources, subjects, strict=True):
+        progress.say(f"tasks: {source}")
+        scores.append(score_tasks(subject, loaded, progress, limit=tasks.limit, answers=tasks.answers))
+    return scores
 
 
 def _describe(origin: Bundle | Checkpoint) -> tuple[str, int, float]:

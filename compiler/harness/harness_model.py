@@ -123,7 +123,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         if room >= subject.max_context:
             raise TaskError(f"{room} new tokens leave no room for a context: the model sees {subject.max_context}.")
         stops = handle_stop_sequences(settings["until"], tokenizer.token(self.eot_token_id))
-        prompts = [self.tok_encode(context)[room - subject.max_context :] for context in contexts]
+        prompts = [
+            self.tok_encode(context)[room - subject.max_context :] or [self.prefix_token_id] for context in contexts
+        ]
         ends = {*subject.eos, self.eot_token_id}
         finished = _ends_with(ends, stops, tokenizer.decode)
         return [

@@ -91,7 +91,7 @@ class StreamFiles:
         return self._halves(unfinished)[0]
 
     def open_float(self, layer: int) -> Streams:
-        """Return the inputs of a block where nothing in front of it is quantised: both streams are the float model's."""
+        """Return the inputs of a block behind float blocks: both streams are the float model's."""
         target, _ = self._halves(self._path(layer))
         return Streams(target, target, self._held_out)
 

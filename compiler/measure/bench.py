@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from planish.compiler import errors
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.errors import ComparisonError, PlanishError, TextError
+from planish.compiler.measure.bench_worker import WARM_UP
 from planish.compiler.runtime.provider import Provider
-from planish.compiler.runtime.runnable import Runnable
+from planish.compiler.runtime.runnable import ENGINES, Runnable
 
 __all__ = ["DECODE_TOKENS", "Benchmark", "Side", "bench", "measure_sides", "prompt_length"]
 
@@ -109,11 +111,13 @@ def bench(
 
     Raises:
         ComparisonError: if the bundle is a float export.
-        TextError: if prompt and new tokens are more than the model's context.
+        TextError: if prompt and new tokens are more than the model's context, or that of its engine.
         PlanishError: if the checkpoint is no longer where the recipe says, or a side cannot be measured.
     """
-    tokens = prompt_length(bundle.manifest.max_context, decode_tokens, tokens)
-    runnable = bundle.runnable(target, provider)
+    runnable, context = bundle.runnable(target, provider), bundle.manifest.max_context
+    if target in ENGINES:
+        context = min(context, bundle.engine(target).max_context)
+    tokens = prompt_length(context, decode_tokens, tokens)
     with tempfile.TemporaryDirectory(prefix="planish-bench-") as scratch:
         models = {"bundle": runnable, "float": Runnable(_export(bundle, Path(scratch)))}
         sides = measure_sides(
@@ -127,19 +131,20 @@ def prompt_length(context: int, decode_tokens: int = DECODE_TOKENS, asked: int |
 
     Args:
         context: of the model, in tokens.
-        decode_tokens: how many new tokens follow.
+        decode_tokens: how many new tokens are timed behind it; those of the warm-up come before them.
         asked: how many were asked for.
 
     Raises:
         TextError: if they do not fit.
     """
-    longest = context - decode_tokens
+    new = WARM_UP + decode_tokens
+    longest = context - new
     tokens = min(_TOKENS, longest) if asked is None else asked
     if not 0 < tokens <= longest:
         remedy = f"Ask for a prompt of 1 to {longest} tokens (--tokens)." if longest > 0 else "Nothing can be timed."
         raise TextError(
-            f"A prompt of {max(tokens, 1)} tokens and {decode_tokens} new ones do not fit into the model's context of "
-            f"{context}. {remedy}"
+            f"A prompt of {max(tokens, 1)} tokens and {new} new ones do not fit into the model's context of {context}. "
+            f"{remedy}"
         )
     return tokens
 
@@ -164,7 +169,7 @@ def measure_sides(
         progress: is told after each repeat.
 
     Raises:
-        PlanishError: if one cannot be measured.
+        PlanishError: if one cannot be measured; it is of the class, and has the exit code, of what went wrong.
     """
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     for repeat in range(repeats):
@@ -201,6 +206,13 @@ def _measure(runnable: Runnable, threads: int, tokens: int, decode_tokens: int) 
         check=False,
     )
     if done.returncode:
-        raise PlanishError(f"{runnable.model} could not be measured: {done.stderr.strip().rpartition(chr(10))[2]}")
+        message = f"{runnable.model} could not be measured: {done.stderr.strip().rpartition(chr(10))[2]}"
+        raise _class_of(done.returncode)(message)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def _class_of(exit_code: int) -> type[PlanishError]:
+    """Return the error that has an exit code; one that was not foreseen, such as that of a kill, is a PlanishError."""
+    known: list[type[PlanishError]] = [getattr(errors, name) for name in errors.__all__]
+    return next((each for each in known if each.exit_code == exit_code), PlanishError)

@@ -1,7 +1,10 @@
 """A model to be measured: a bundle run by ONNX Runtime or TensorRT, or a checkpoint that transformers runs."""
 
 import dataclasses
+import hashlib
+import platform
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 from planish.compiler.bundle.bundle import Bundle
@@ -12,10 +15,19 @@ from planish.compiler.checkpoint.sidecars import end_tokens
 from planish.compiler.errors import CheckpointError, ComparisonError, UnsupportedModelError
 from planish.compiler.measure.texts import Text
 from planish.compiler.runtime.language_model import LanguageModel
+from planish.compiler.runtime.processor import cpu_flags
 from planish.compiler.runtime.provider import Provider
+from planish.compiler.runtime.runnable import ENGINES
 from planish.compiler.runtime.tokenizer import Tokenizer
 
-__all__ = ["Subject", "check_same_tokens", "float_subject", "is_bundle", "open_subject"]
+__all__ = [
+    "Subject",
+    "check_same_tokens",
+    "check_same_vocabulary",
+    "float_subject",
+    "is_bundle",
+    "open_subject",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +42,7 @@ class Subject:
         max_context: the longest context, in tokens.
         bos: the token that stands in front of a text without context: BOS, or EOS where there is none.
         eos: tokens that end a text.
-        fingerprint: differs (hex) when what the model computes may differ.
+        fingerprint: differs when what the model computes may differ.
     """
 
     name: str
@@ -121,8 +133,27 @@ def check_same_tokens(subjects: list[Subject], text: Text) -> None:
             )
 
 
+def check_same_vocabulary(subjects: list[Subject]) -> None:
+    """Check that all models give as many logits: one tokenizer may be padded to several sizes of embedding.
+
+    Raises:
+        ComparisonError: naming two models that do not, between which there is no divergence.
+    """
+    first, *others = subjects
+    size = first.origin.config.vocab_size
+    for other in others:
+        if other.origin.config.vocab_size != size:
+            raise ComparisonError(
+                f"{first.name} and {other.name} have {size} and {other.origin.config.vocab_size} logits (vocab_size in "
+                "config.json), so there is no divergence between them. Compare models of one vocab_size, or leave "
+                "the divergence out."
+            )
+
+
 def _of_bundle(bundle: Bundle, target: str | None, threads: int | None, provider: Provider) -> Subject:
     model, executed = bundle.load(target, threads, provider), bundle.model_path(target).relative_to(bundle.path)
+    # Another runtime, or another processor, rounds sums in another order; an engine's GPU is part of `runs_on`.
+    runs_on = model.runs_on if target in ENGINES else f"{model.runs_on} {_processor()}"
     return Subject(
         name=str(bundle.path),
         origin=bundle,
@@ -131,8 +162,7 @@ def _of_bundle(bundle: Bundle, target: str | None, threads: int | None, provider
         max_context=bundle.max_context(model),
         bos=_bos(bundle.tokenizer, bundle.config.bos_token_id, bundle.eos_token_ids),
         eos=bundle.eos_token_ids,
-        # Another processor, or another runtime, rounds sums in another order.
-        fingerprint=f"{FileRecord.of(bundle.path / MANIFEST_FILE).sha256} {executed} {model.runs_on}",
+        fingerprint=f"{FileRecord.of(bundle.path / MANIFEST_FILE).sha256} {executed} {runs_on}",
     )
 
 
@@ -144,16 +174,24 @@ def _of_checkpoint(checkpoint: Checkpoint, threads: int | None) -> Subject:
         tokenizer = Tokenizer(Path(folder))
         eos = end_tokens(Path(folder), checkpoint.config)
         bos = _bos(tokenizer, checkpoint.config.bos_token_id, eos)
+    model = Reference(checkpoint, threads)
+    runs_on = f"transformers {version('transformers')} {model.runs_on} {_processor()}"
     return Subject(
         name=checkpoint.name,
         origin=checkpoint,
-        model=Reference(checkpoint, threads),
+        model=model,
         tokenizer=tokenizer,
         max_context=checkpoint.config.max_context,
         bos=bos,
         eos=eos,
-        fingerprint=f"{checkpoint.fingerprint()} float32",
+        fingerprint=f"{checkpoint.fingerprint()} float32 {runs_on}",
     )
+
+
+def _processor() -> str:
+    """Return a hash (hex) of the processor's kind and feature flags, by which runtimes choose their kernels."""
+    named = " ".join((platform.machine(), platform.processor(), *cpu_flags()))
+    return hashlib.sha256(named.encode()).hexdigest()[:16]
 
 
 def _bos(tokenizer: Tokenizer, of_config: int | None, eos: tuple[int, ...]) -> int:

@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from planish.compiler.backends.tensorrt.engine_json import EngineRecord
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.bundle.layout import MODEL_FILE, RECIPE_FILE, REPORT_FOLDER, engine_folder
-from planish.compiler.errors import OutputFolderError, RecipeError
+from planish.compiler.errors import BundleCorruptError, BundleFormatError, OutputFolderError, RecipeError
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.pipeline.targets import check_context, check_engine_settings, check_targets, lower
 from planish.compiler.pipeline.work_folder import clear_errors
@@ -34,13 +35,13 @@ def build_target(
     """Lower the portable model of a bundle to a target, in place of what the bundle has for it, if anything.
 
     The bundle runs as it is until everything is built. A run that is killed leaves it as it was, or without this
-    target.
+    target. Its recipe learns of the target and of settings that only engines have, and makes the same model as before.
 
     Args:
         bundle: its folder.
         target: one of `TARGETS`.
-        max_context: see `Recipe`; as all further settings, the recipe of the bundle has it unless it is given.
-        max_batch_size: see `Recipe`.
+        max_context: of an engine; None is that of the engine which is replaced, if there is one, or the recipe's.
+        max_batch_size: see `Recipe`; as all further settings, the recipe of the bundle has it unless it is given.
         max_input_len: see `Recipe`.
         sms: see `Recipe`.
         plugins: see `Recipe`.
@@ -66,24 +67,24 @@ def build_target(
             f"{path} has no {RECIPE_FILE}: it is a float export, which has no targets. Compile the checkpoint with "
             "--scheme w16a16k16v16 instead."
         )
-    recipe = Recipe.read(
+    kept = Recipe.read(
         path / RECIPE_FILE,
-        targets=(target,),
-        max_context=max_context,
         max_batch_size=max_batch_size,
         max_input_len=max_input_len,
         sms=None if sms is None else tuple(sms),
         plugins=plugins,
     )
+    folder = engine_folder(path, target)
+    context = max_context if max_context is not None else _context_of(folder) or kept.max_context
     # Another machine's TensorRT is no property of the bundle: unless one is named, the engine is built here.
-    recipe = Recipe.read(None, **{**dict(recipe), "tensorrt_version": tensorrt_version})
+    asked = {"targets": (target,), "max_context": context, "tensorrt_version": tensorrt_version}
+    recipe = Recipe.read(None, **{**dict(kept), **asked})
     check_targets(recipe)
     check_engine_settings(
         recipe.targets, max_context=max_context, max_batch_size=max_batch_size, max_input_len=max_input_len, sms=sms
     )
     longest = min(opened.config.max_context, opened.manifest.max_context)
     check_context(max_context, longest)
-    folder = engine_folder(path, target)
     with clear_errors(path), _scratch(folder) as made:
         lower(target, path / MODEL_FILE, made, recipe, longest, progress or Silent())
         # What planish.json lists is always there and whole: it forgets the target first and learns it last.
@@ -93,11 +94,21 @@ def build_target(
             shutil.rmtree(folder)
         made.rename(folder)
         targets = (*others, target)
-        recipe.model_copy(update={"targets": targets}).write(path / RECIPE_FILE)
+        if target == "tensorrt":
+            kept = kept.model_copy(update={"tensorrt_version": tensorrt_version})
+        # Without the context: that of the recipe is the model's, and the engine's is in engine.json.
+        kept.model_copy(update={"targets": targets}).write(path / RECIPE_FILE)
         manifest = dataclasses.replace(opened.manifest, targets=targets)
         write_report(Bundle(path, manifest), RunRecord.read(opened))
         manifest.write(path)
     return Bundle.open(path, verify=False)
+
+
+def _context_of(engine: Path) -> int | None:
+    """Return the context of the engine in a folder; None where there is none, or none that this planish reads."""
+    with contextlib.suppress(BundleCorruptError, BundleFormatError):
+        return EngineRecord.read(engine).max_context
+    return None
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from planish.compiler.calibrate.settings import CalibrationSettings
 from planish.compiler.calibrate.text import calibration_tokens
@@ -23,7 +24,7 @@ from planish.compiler.learn.polish.polish import polish
 from planish.compiler.learn.rounding.segments import Rounding
 from planish.compiler.learn.rounding.site_fit import Steps
 from planish.compiler.learn.stream_files import StreamFiles
-from planish.compiler.learn.transforms.candidates import kind_of
+from planish.compiler.learn.transforms.candidates import Form, kind_of
 from planish.compiler.learn.transforms.rotated import RotatedCheckpoint
 from planish.compiler.learn.transforms.transformed import TransformedCheckpoint
 from planish.compiler.pipeline.high_impact import HighChannels, place_high_channels, unranked
@@ -32,7 +33,7 @@ from planish.compiler.progress import Progress
 from planish.compiler.quantize.codes import CodesOnDisk
 from planish.compiler.report.run_record import LoudSite
 from planish.compiler.select.choose_forms import choose_forms
-from planish.compiler.select.forms import online_flops
+from planish.compiler.select.forms import form_of, online_flops
 from planish.compiler.select.policy import SelectionPolicy
 from planish.compiler.select.site_choice import HighChoice, SiteChoice, transforms_entry
 from planish.passes.scheme import Scheme
@@ -161,8 +162,8 @@ def flatten(
         SiteChoice(
             layer=layer,
             site=site,
-            form=each.forms[site],
-            kind=kind_of(each.forms[site]),
+            form=form,
+            kind=kind_of(form),
             cost_flops=online_flops(site, transforms.layers[layer][site], checkpoint.config),
             error=measured[layer].get(site, {}).get("error"),
             evidence={**each.evidence.get(site, {}), **measured[layer].get(site, {})},
@@ -170,6 +171,7 @@ def flatten(
         )
         for layer, each in enumerate(chosen)
         for site in SITES
+        for form in [_form_made(transforms, layer, site, each.forms[site])]
     ]
     entry = transforms_entry(choices, settings.policy, checkpoint.config, checkpoint.fingerprint())
     if choice:
@@ -191,6 +193,12 @@ def flatten(
         transforms = dataclasses.replace(transforms, residual=checkpoint.rotation)
     lost, loud = _loss_to_nearest(divergence), loudest_sites(measured, folder)
     return Flattening(made, transforms, entry, codes, before, lost, loud)
+
+
+def _form_made(transforms: Transforms, layer: int, site: Site, chosen: Form) -> Form:
+    """Return the form that stands at a site: the one that was chosen, unless refining fell back to rotations."""
+    fell_back = kind_of(chosen) == "affine" and transforms.layers[layer][site].kind == "rotation"
+    return form_of(site, "rotation") if fell_back else chosen
 
 
 def _high_choice(transforms: Transforms, layer: int, site: Site) -> HighChoice | None:
@@ -219,7 +227,7 @@ def _held_out(task: _Task) -> tuple[dict[str, float], dict[str, float]]:
         head, ids = Head.of(task.checkpoint, task.device), task.tokens[-held_out:]
         outputs = {
             _FLOAT: streams.target[-held_out:],
-            _NEAREST: rounded_to_nearest_outputs(task.checkpoint, task.scheme, ids, task.device),
+            _NEAREST: _nearest_outputs(task, ids),
             "flattened": streams.seen[-held_out:],
         }
         found = {
@@ -231,6 +239,17 @@ def _held_out(task: _Task) -> tuple[dict[str, float], dict[str, float]]:
         write_json(path, found)
     kept: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
     return kept["divergence"], kept["cross_entropy"]
+
+
+def _nearest_outputs(task: _Task, ids: npt.NDArray[np.int64]) -> Tensor:
+    """Return what the last block puts out of the model that is compiled where flattening is dropped.
+
+    That is the checkpoint as it came, whose residual stream is not rotated; the outputs are, as those beside them.
+    """
+    if not isinstance(task.checkpoint, RotatedCheckpoint):
+        return rounded_to_nearest_outputs(task.checkpoint, task.scheme, ids, task.device)
+    outputs = rounded_to_nearest_outputs(task.checkpoint.original, task.scheme, ids, task.device)
+    return outputs @ torch.from_numpy(task.checkpoint.rotation)
 
 
 def _loss_to_nearest(divergence: Mapping[str, float]) -> str | None:

@@ -220,10 +220,10 @@ class Recipe(BaseModel):
                 "High-impact channels are chosen behind transforms, and nothing is flattened here. Give the linears "
                 "low bits, and --select another policy, such as measured:0, which allows nothing that runs online."
             )
-        if any(each.bits is not None for each in self.overrides.values()):
+        if any(each.bits is not None or each.activation_bits is not None for each in self.overrides.values()):
             raise SelectionError(
                 "The bits of some sites are given by overrides, and a budget or ratio decides about all of them. Leave "
-                "out the bits of the overrides, or --avg-bits and --hic-ratio."
+                "out bits and activation_bits of the overrides, or --avg-bits and --hic-ratio."
             )
         return HighPolicy(
             bits=self.hic_bits or (4 if linear.weight_bits < 4 else 8),

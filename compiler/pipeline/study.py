@@ -52,7 +52,7 @@ def study_checkpoint(recipe: Recipe, folder: Path, progress: Progress, search: b
     searched = None
     if search:
         policy = SelectionPolicy.parse("search")
-        searched = choose_forms(checkpoint, scheme, policy, tokens, work, progress, settings.seed)
+        searched = choose_forms(checkpoint, scheme, policy, tokens, work, progress, settings.seed, device)
     return study_selection(checkpoint.config, errors, kurtosis, searched)
 
 

@@ -45,6 +45,8 @@ class WorkFolder:
     def hold(cls, out: Path, settings: dict[str, Any], progress: Progress) -> Iterator[Self]:
         """Make the folder, or take up the one that a run with equal `settings` left, and keep others from it meanwhile.
 
+        A run that ends before it has made anything leaves no folder: other settings would be refused for nothing.
+
         Raises:
             OutputFolderError: if it cannot be made, or is in use, or holds what planish did not write or a compile with
                 another recipe did not finish, or if there is something at `out`.
@@ -58,7 +60,11 @@ class WorkFolder:
                 check_output(out)
                 work._state = work._resume(settings, progress)
                 work.bundle.mkdir(exist_ok=True)
-            yield work
+            try:
+                yield work
+            finally:
+                if not work._holds_work():
+                    shutil.rmtree(work.path, ignore_errors=True)
 
     def finished(self, stage: str) -> bool:
         """Say whether `stage` was finished before, and all its files still have their sizes."""
@@ -124,6 +130,10 @@ class WorkFolder:
                 f"{self.path} holds the unfinished work of a compile with other settings: {'; '.join(other)}. Finish "
                 "it by its own command, remove the folder to start anew, or choose another output folder."
             )
+
+    def _holds_work(self) -> bool:
+        made = (path for folder in (self.codes, self.flatten) for path in folder.rglob("*"))
+        return bool(self._state["finished"]) or any(path.is_file() for path in made)
 
     def _sizes(self, names: Iterable[str]) -> dict[str, int]:
         paths = {name: self.path / name for name in names}

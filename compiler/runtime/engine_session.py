@@ -65,6 +65,7 @@ class EngineSession:
             for name, given in self._record.inputs.items()
             if name not in cached and not given.is_shape
         }
+        self._vocabulary = self._record.outputs["logits"].shape[-1]
         self._fed: list[npt.NDArray[np.generic]] = []
         self._logits: DeviceMemory | None = None
 
@@ -112,12 +113,13 @@ class EngineSession:
 
         Raises:
             ValueError: as `check_call` does.
+            TokenizerError: likewise.
             EngineLimitError: if these are more sequences or tokens than the engine was built for.
             DeviceError: if the GPU's memory is too small, or the engine fails.
         """
         ids = np.asarray(input_ids, np.int64)
         new = np.ones_like(ids) if mask is None else np.asarray(mask, np.int64)
-        check_call(ids, None if cache is None else len(cache.mask), new, logits_to_keep)
+        check_call(ids, None if cache is None else len(cache.mask), new, logits_to_keep, self._vocabulary)
         self._check_batch(len(ids))
         cache = cache or self.empty_cache(len(ids))
         seen = np.concatenate([cache.mask, new], axis=1)
@@ -167,7 +169,7 @@ class EngineSession:
 
     def _bind_logits(self, batch: int, keep: int) -> tuple[DeviceMemory, Floats]:
         """Give the engine memory for logits; return it, and the array to fill with them, [batch, keep, vocab]."""
-        logits = np.empty((batch, keep, self._record.outputs["logits"].shape[-1]), np.float32)
+        logits = np.empty((batch, keep, self._vocabulary), np.float32)
         if self._logits is None or self._logits.nbytes < logits.nbytes:
             # The old memory is given back before the new is taken.
             self._logits = None

@@ -7,6 +7,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from planish.compiler.errors import TokenizerError
+
 __all__ = ["UNLIMITED", "LanguageModel", "Limits", "ModelCache", "check_call"]
 
 Ints = npt.NDArray[np.int64]
@@ -54,17 +56,23 @@ class LanguageModel(Protocol):
         """Return logits, float32 [batch, kept, vocab], and the extended `ModelCache`; see `Session.run`."""
 
 
-def check_call(ids: Ints, cached: int | None, mask: Ints, logits_to_keep: int) -> None:
+def check_call(ids: Ints, cached: int | None, mask: Ints, logits_to_keep: int, vocabulary: int) -> None:
     """Check what `LanguageModel.run` is given, as arrays, and the number of sequences in the cache, if there is one.
 
     Raises:
         ValueError: if they do not fit together, or a token is negative, which ONNX would count from the end of the
             vocabulary.
+        TokenizerError: if a token is beyond the `vocabulary` of the model, as another model's tokenizer gives them.
     """
     if ids.ndim != 2 or not ids.size:
         raise ValueError(f"input_ids must be [batch, sequence], with a token at least, and has the shape {ids.shape}")
     if ids.min() < 0:
         raise ValueError(f"input_ids holds {ids.min()}: tokens count from 0; padding is any token where mask is 0")
+    if ids.max() >= vocabulary:
+        raise TokenizerError(
+            f"The tokenizer gives token {ids.max()}, and the model has {vocabulary} tokens. "
+            "Compile the model with its own tokenizer files beside its weights."
+        )
     if mask.shape != ids.shape:
         raise ValueError(f"mask has the shape {mask.shape}, and input_ids {ids.shape}")
     if cached is not None and cached != len(ids):

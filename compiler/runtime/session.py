@@ -130,6 +130,7 @@ class Session:
         )
         self._inputs = [*_TOKEN_INPUTS, *(slot.past for slot in self._slots)]
         self._outputs = ["logits", *(slot.present for slot in self._slots)]
+        self._vocabulary = next(int(o.shape[-1]) for o in self._session.get_outputs() if o.name == "logits")
 
     @property
     def limits(self) -> Limits:
@@ -186,23 +187,29 @@ class Session:
 
         Raises:
             ValueError: as `check_call` does.
+            TokenizerError: likewise.
         """
-        ids = np.asarray(input_ids, np.int64)
-        new_mask = np.ones_like(ids) if mask is None else np.asarray(mask, np.int64)
-        check_call(ids, None if cache is None else len(cache.mask), new_mask, logits_to_keep)
-        logits, extended, _ = self._step(ids, cache or self.empty_cache(len(ids)), new_mask, logits_to_keep, ())
+        logits, extended, _ = self._step(input_ids, cache, mask, logits_to_keep, ())
         return logits, extended
 
     def run_traced(
         self, input_ids: npt.ArrayLike, cache: Cache | None, names: Sequence[str]
     ) -> tuple[Floats, Cache, list[npt.NDArray[Any]]]:
         """Run new tokens as `run` does, and also return the graph outputs called `names`."""
-        ids = np.asarray(input_ids, np.int64)
-        return self._step(ids, cache or self.empty_cache(len(ids)), np.ones_like(ids), 0, names)
+        return self._step(input_ids, cache, None, 0, names)
 
     def _step(
-        self, ids: Ints, cache: Cache, new_mask: Ints, logits_to_keep: int, names: Sequence[str]
+        self,
+        input_ids: npt.ArrayLike,
+        cache: Cache | None,
+        mask: npt.ArrayLike | None,
+        logits_to_keep: int,
+        names: Sequence[str],
     ) -> tuple[Floats, Cache, list[npt.NDArray[Any]]]:
+        ids = np.asarray(input_ids, np.int64)
+        new_mask = np.ones_like(ids) if mask is None else np.asarray(mask, np.int64)
+        check_call(ids, None if cache is None else len(cache.mask), new_mask, logits_to_keep, self._vocabulary)
+        cache = cache or self.empty_cache(len(ids))
         seen = np.concatenate([cache.mask, new_mask], axis=1)
         positions = np.maximum(seen.cumsum(axis=1) - 1, 0)[:, len(cache) :]
         keep = np.asarray(logits_to_keep, np.int64)

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as _Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -35,6 +38,9 @@ class Tokenizer:
             self._tokenizer = _Tokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers package raises bare Exception
             raise TokenizerError(f"{path} cannot be read ({error}). Copy it from the model again.") from error
+        # A file may say how its writer cut and padded batches. A text is encoded whole, as transformers does.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._folder = folder
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -70,9 +76,8 @@ class Tokenizer:
 
     def special_token(self, role: str) -> int | None:
         """Return the token that the tokenizer's settings name for `role`, such as bos_token; None where they do not."""
-        named = {**self._json("special_tokens_map.json"), **self._config()}.get(role)
-        spelled = named.get("content") if isinstance(named, dict) else named
-        return self._tokenizer.token_to_id(spelled) if isinstance(spelled, str) else None
+        spelled = self._special_tokens().get(role)
+        return None if spelled is None else self._tokenizer.token_to_id(spelled)
 
     def stream(self) -> "TextStream":
         """Return a decoder for tokens that come one at a time."""
@@ -86,24 +91,30 @@ class Tokenizer:
         Raises:
             TokenizerError: if the model has no chat template, or the template refuses the messages.
         """
-        config = self._config()
-        template = self._template(config)
-        special = {
-            name: token["content"] if isinstance(token, dict) else token
-            for name, token in config.items()
-            if name.endswith("_token") and isinstance(token, str | dict)
+        template = self._template()
+        given = {
+            "messages": list(messages),
+            # Templates ask whether these are none, which what is not given is not.
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": generation_prompt,
         }
         try:
-            return (
-                _environment()
-                .from_string(template)
-                .render(messages=list(messages), add_generation_prompt=generation_prompt, **special)
-            )
+            return _environment().from_string(template).render(**given, **self._special_tokens())
         except jinja2.TemplateError as error:
             raise TokenizerError(f"The chat template of {self._folder} refuses these messages: {error}") from error
 
     def _config(self) -> dict[str, Any]:
         return self._json("tokenizer_config.json")
+
+    def _special_tokens(self) -> dict[str, str]:
+        """Return role, such as bos_token -> how the vocabulary spells the token, as transformers finds them."""
+        named = self._config()
+        if "added_tokens_decoder" not in named:
+            # Only then does transformers read the older file, and what that says wins.
+            named |= self._json("special_tokens_map.json")
+        spelled = {role: each.get("content") if isinstance(each, dict) else each for role, each in named.items()}
+        return {role: each for role, each in spelled.items() if role.endswith("_token") and isinstance(each, str)}
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self._folder / name
@@ -113,11 +124,11 @@ class Tokenizer:
             raise TokenizerError(f"{path} cannot be read as JSON ({error}). Copy it from the model again.") from error
         return content if isinstance(content, dict) else {}
 
-    def _template(self, config: Mapping[str, Any]) -> str:
+    def _template(self) -> str:
         path = self._folder / "chat_template.jinja"
         if path.is_file():
             return path.read_text(encoding="utf-8")
-        template = config.get("chat_template")
+        template = self._config().get("chat_template")
         if isinstance(template, list):
             # Older tokenizers name several templates; the one called default is for conversation.
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
@@ -148,10 +159,20 @@ class TextStream:
         return whole[len(self._given) :] if whole.startswith(self._given) else ""
 
 
+class _Generation(Extension):
+    """The tag `generation`, by which templates mark what the model wrote: its body is rendered like all else."""
+
+    tags = {"generation"}  # noqa: RUF012 (as the base class declares it)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """Return the sandbox that chat templates are written for: that of transformers."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise

@@ -76,7 +76,7 @@ def choose_forms(
 
 
 def _useless(scheme: Scheme) -> dict[Site, Form]:
-    """Return identities where nothing is rounded behind a map that runs online: at keys of a cache in floating point."""
+    """Return identities where nothing is rounded behind a map that runs online: at keys of a float cache."""
     return {} if scheme.quantizes_cache else {"key": "identity"}
 
 

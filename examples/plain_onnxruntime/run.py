@@ -13,6 +13,9 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(ui
 def main(bundle: Path, prompt: str, new_tokens: int = 24) -> None:
     """Print `prompt` and the tokens that follow it."""
     tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    # The file may say how its writer cut and padded batches.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     session = ort.InferenceSession(str(bundle / "model.onnx"))
     # The cache starts empty. Its inputs say what they hold: packed bytes, and float16 scales and zeros.
     cache = {

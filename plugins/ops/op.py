@@ -48,8 +48,8 @@ class Op:
         return ir.serde.deserialize_function(_parse(self))
 
     def functions(self) -> list[ir.Function]:
-        """Return this op's function and those of every op it uses."""
-        return [self.function(), *(function for used in self.uses for function in used.functions())]
+        """Return the functions of every op it uses, then its own: some runtimes read them in order."""
+        return [*(function for used in self.uses for function in used.functions()), self.function()]
 
 
 @functools.cache

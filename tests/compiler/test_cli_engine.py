@@ -10,6 +10,7 @@ from planish.compiler.backends.tensorrt import lowering
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.errors import TextError
 from planish.compiler.measure import bench as bench_module
+from planish.compiler.measure.bench_worker import WARM_UP
 from planish.compiler.measure.bench_worker import main as measure
 from planish.compiler.measure.subject import open_subject
 from planish.compiler.pipeline.build import build_target
@@ -116,14 +117,17 @@ def test_no_gpu(
 def test_bench_says_what_ran(run: Run, with_engine: Path, gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def measured(runnable: object, *_: int) -> dict[str, float]:
-        asked.append(runnable.runs_on)  # type: ignore[attr-defined]
+    def measured(runnable: object, _: int, tokens: int, new: int) -> dict[str, float]:
+        asked.append((runnable.runs_on, tokens + WARM_UP + new))  # type: ignore[attr-defined]
         return dict.fromkeys(("prefill", "decode", "resident_mib", "peak_mib", "load_seconds"), 1.0)
 
     monkeypatch.setattr(bench_module, "_measure", measured)
     done = run("bench", with_engine, "--target", "rtx", "--repeats", 1, "--json")
     assert done.code == 0, done.err
-    assert asked == ["rtx", "cpu"]
+    # As many tokens as the engine takes, which is fewer than the model does.
+    assert asked == [("rtx", 48), ("cpu", 48)]
     assert done.json["runs_on"] == "rtx"
     assert "bundle on rtx and float" in done.err
     assert json.loads(done.out)["decode_speedup"] == 1
+    beyond = run("bench", with_engine, "--target", "rtx", "--tokens", 15)
+    assert (beyond.code, "context of 48. Ask for a prompt of 1 to 14 tokens" in beyond.err) == (20, True)

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from planish.compiler.bundle.bundle import Bundle
@@ -220,6 +221,45 @@ def test_models_of_different_tokenizers(run: Run, bundle: Bundle, text: Path, tm
     for command in (["compare", bundle.path, other], ["eval", bundle.path, "--against", other]):
         done = run(*command, "--text", text, *FEW)
         assert (done.code, "have different tokenizers" in done.err) == (31, True)
+
+
+def test_models_of_other_numbers_of_logits(run: Run, bundle: Bundle, tiny: Path, text: Path, tmp_path: Path) -> None:
+    padded = write_tiny(tmp_path / "padded", vocab_size=288)
+    few = ("--text", text, *FEW)
+    for command in (["compare", bundle.path, padded, "--no-speed"], ["eval", bundle.path, "--against", padded]):
+        done = run(*command, *few)
+        assert (done.code, "272 and 288 logits" in done.err) == (31, True), done.err
+    # What is measured of each model alone does not need as many.
+    done = run("compare", padded, bundle.path, "--no-kl", "--no-speed", *few, "--json")
+    assert done.code == 0, done.err
+    alone = run("eval", padded, *few, "--json").json
+    assert done.json["models"][0]["evaluations"][0]["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-9)
+
+
+def test_windows_fit_into_the_context_of_the_reference(run: Run, bundle: Bundle, text: Path, tmp_path: Path) -> None:
+    short = write_tiny(tmp_path / "short", max_position_embeddings=48)
+    for command in (["eval", bundle.path], ["compare", bundle.path, bundle.path, "--no-speed"]):
+        asked = (*command, "--against", short, "--text", text, "--windows", 2, "--threads", 1)
+        done = run(*asked, "--json")
+        assert done.code == 0, done.err
+        found = done.json if command[0] == "eval" else done.json["models"][0]["evaluations"][0]
+        assert found["seqlen"] == 48
+        beyond = run(*asked, "--seqlen", 49)
+        assert (beyond.code, "longer than the model's context of 48" in beyond.err) == (20, True)
+
+
+def test_figures_beyond_what_json_holds(run: Run, tiny: Path, text: Path, tmp_path: Path) -> None:
+    broken = write_tiny(tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["lm_head.weight"] *= 1e5
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    done = run("eval", broken, "--text", text, *FEW, "--json")
+    assert (done.code, "perplexity inf" in done.err) == (0, True)
+    assert done.json["perplexity"] is None
+    done = run("compare", tiny, broken, "--text", text, *FEW, "--no-speed", "--json")
+    assert [each["evaluations"][0]["perplexity"] is None for each in done.json["models"]] == [False, True]
+    # Python reads more than JSON.
+    assert "Infinity" not in done.out
 
 
 def test_nothing_to_compare_with(run: Run, bundle: Bundle, text: Path, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_bench_of_a_float_export_or_beyond_the_context(run: Run, bundle: Bundle,
     refused = run("bench", float_bundle.path)
     assert (refused.code, "is a float export itself" in refused.err) == (31, True), refused.err
     refused = run("bench", bundle.path, "--tokens", 250)
-    assert (refused.code, "Ask for a prompt of 1 to 224 tokens" in refused.err) == (20, True), refused.err
+    assert (refused.code, "Ask for a prompt of 1 to 222 tokens" in refused.err) == (20, True), refused.err
 
 
 def test_a_cache_that_is_larger_than_float16(run: Run, float_bundle: Bundle) -> None:

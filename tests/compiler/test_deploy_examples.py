@@ -1,8 +1,9 @@
-"""What is deployed with: the Triton model answers, its configuration is one, trtexec's command fits the engine."""
+"""What is deployed with: ONNX Runtime alone and the Triton model answer, configuration and trtexec's command fit."""
 
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from planish.compiler.backends.tensorrt import build_engines
 from planish.compiler.bundle.bundle import Bundle
@@ -20,7 +22,7 @@ from planish.plugins.native import find_compiler
 from planish.plugins.tensorrt.build import cuda_headers
 from tests.fixed_cache import plain_session
 from tests.plugin_host import need_headers, tensorrt_headers
-from tests.tiny import write_tiny
+from tests.tiny import cut_and_padded, write_tiny
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TRITON = EXAMPLES / "triton" / "planish"
@@ -109,6 +111,20 @@ def test_the_configuration_is_one_of_tritons_schema() -> None:
         "TYPE_STRING", "TYPE_INT32", "TYPE_FP32", "TYPE_BOOL"
     ]  # fmt: skip
     assert config.parameters["bundle"].string_value == "/models/bundle"
+
+
+@pytest.mark.parametrize("prompt", ["the hen", "the hen and the tin man's otter"])
+def test_plain_onnx_runtime_writes_what_transformers_writes(
+    prompt: str, float_bundle: Bundle, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(float_bundle.path, tmp_path / "bundle")
+    cut_and_padded(folder)
+    load(EXAMPLES / "plain_onnxruntime" / "run.py").main(folder, prompt, new_tokens=6)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    made = LlamaForCausalLM.from_pretrained(tiny).generate(
+        **tokenizer(prompt, return_tensors="pt"), max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
+    assert capsys.readouterr().out == tokenizer.decode(made[0], skip_special_tokens=True) + "\n"
 
 
 class Sender:

@@ -110,7 +110,9 @@ def refine(
     """
     angles = Angles.of(block.config, streams.target.shape[1], streams.target.device)
     if clips is None:
-        clips = starting_clips(block, factors, streams, outputs, scheme)
+        # Where maps cannot be inverted there is nothing to search clips with, and a rotation stands in for them.
+        usable = conditioning(factors).problem is None
+        clips = starting_clips(block, factors, streams, outputs, scheme) if usable else {}
     with fast_products():
         task = _Task(block, streams, {"float": outputs, "seen": _Outputs(block, streams.seen, angles)}, angles, scheme)
         start = _usable_start(task, dict(factors), dict(clips), settings.seed)
@@ -196,7 +198,7 @@ def _usable_start(task: _Task, factors: dict[Site, Factors], clips: dict[Site, f
             evidence: dict[str, Any] = {"held_out_losses": [loss], "kept_epoch": 0, **state.evidence()}
             return Refined(factors, clips, None, evidence)
         problem = "the loss at the start is not finite"
-    moments = gather_moments(task.block, (task.streams.target[part] for part in task.streams.batches()), task.angles)
+    moments = gather_moments(task.block, (task.streams.seen[part] for part in task.streams.batches()), task.angles)
     forms = forms_of_groups({"attn": "rotation", "ffn": "rotation"})
     factors = closed_form_factors(task.block, moments, forms, seed)
     clips = starting_clips(task.block, factors, task.streams, task.outputs["float"], task.scheme)

@@ -37,7 +37,8 @@ _RATE, _MAP_RATE = 2e-3, 2e-4
 _WARM_UP = 0.15
 #: Share of the steps, the last ones, that are averaged.
 _AVERAGED = 0.5
-_MOMENTA = (0.9, 0.95)
+#: Of Adam: the first goes down while the rate goes up, and back (Smith, arXiv 1803.09820).
+_MOMENTUM, _LEAST_MOMENTUM, _SECOND_MOMENTUM = 0.95, 0.85, 0.95
 #: Largest norm of the gradient of all parameters together.
 _LONGEST = 1.0
 _STATE = "polish.pt"
@@ -107,8 +108,10 @@ def polish(
     share = 4.0 ** min(0, 3 - min(scheme.linear.weight_bits, scheme.linear.activation_bits))
     rates = [share * (_MAP_RATE if is_map else _RATE) for is_map in model.are_maps()]
     groups = [{"params": [each], "lr": rate} for each, rate in zip(model.parameters(), rates, strict=True)]
-    optimizer = torch.optim.Adam(groups, betas=_MOMENTA)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=_WARM_UP)
+    optimizer = torch.optim.Adam(groups, betas=(_MOMENTUM, _SECOND_MOMENTUM))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rates, steps, pct_start=_WARM_UP, base_momentum=_LEAST_MOMENTUM, max_momentum=_MOMENTUM
+    )
     state, first = folder / _STATE, steps - max(1, round(_AVERAGED * steps))
     start = average = model.state()
     average_with = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]

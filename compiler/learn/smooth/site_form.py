@@ -14,6 +14,9 @@ from planish.passes.transforms import Site
 
 __all__ = ["smooth_ffn_out"]
 
+#: Tokens that scales are chosen on, at most: all of them are in memory at once, at the width of the FFN.
+_MOST_TOKENS = 1 << 16
+
 
 def smooth_ffn_out(
     block: Block, streams: Streams, outputs: Sequences, angles: Angles, scheme: Scheme, seed: int
@@ -28,12 +31,15 @@ def smooth_ffn_out(
         scheme: what is rounded.
         seed: of the rotation, and of learning.
     """
-    hooks, inputs, weights = _FfnOut(block), [], []
+    hooks, inputs, weights, tokens = _FfnOut(block), [], [], 0
     for part in streams.batches():
+        if tokens >= _MOST_TOKENS:
+            break
         try:
             run_block(block.config, hooks, streams.seen[part], angles)
         except Reached as reached:
             inputs.append(reached.x)
+        tokens += inputs[-1].shape[0] * inputs[-1].shape[1]
         weights.append(residual_weights(outputs[part]).reshape(outputs[part].shape[:2]))
     together = torch.cat(inputs)
     inputs.clear()

@@ -27,6 +27,7 @@ class RotatedCheckpoint(Checkpoint):
     no code with the graph passes that do the same, and rounds embeddings to float16 before and after, as they do.
 
     Attributes:
+        original: the checkpoint.
         rotation: R, float32 [hidden, hidden].
     """
 
@@ -35,7 +36,7 @@ class RotatedCheckpoint(Checkpoint):
         matrix = hadamard_transform(self.config.hidden_size, seed).matrix()
         self.rotation: Array = np.ascontiguousarray(matrix, np.float32)
         self._exact = orthogonal(self.rotation)
-        self._original = original
+        self.original = original
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """Return float16 for the embeddings, and float32 for the rest."""
@@ -44,10 +45,10 @@ class RotatedCheckpoint(Checkpoint):
 
     def _read(self, name: str) -> npt.NDArray[Any]:
         if name == _EMBEDDINGS:
-            table = self._original._read(name).astype(np.float16).astype(np.float64)
+            table = self.original._read(name).astype(np.float16).astype(np.float64)
             return np.asarray(table @ self._exact).astype(np.float16)
         if name == _HEAD:
-            tied = self._original.config.tie_word_embeddings
+            tied = self.original.config.tie_word_embeddings
             head = self._double(_EMBEDDINGS if tied else _HEAD) * self._double("model.norm.weight")
             return np.asarray(head @ self._exact).astype(np.float32)
         *path, module, kind = name.split(".")
@@ -64,16 +65,16 @@ class RotatedCheckpoint(Checkpoint):
         return tensor.astype(np.float32)
 
     def _double(self, name: str) -> npt.NDArray[np.float64]:
-        return self._original._read(name).astype(np.float64)
+        return self.original._read(name).astype(np.float64)
 
     def fingerprint(self) -> str:
         """Return the fingerprint of the original."""
-        return self._original.fingerprint()
+        return self.original.fingerprint()
 
     def check_tokenizer(self) -> None:
         """Check the tokenizer of the original."""
-        self._original.check_tokenizer()
+        self.original.check_tokenizer()
 
     def write_sidecars(self, folder: Path) -> None:
         """Write the sidecars of the original."""
-        self._original.write_sidecars(folder)
+        self.original.write_sidecars(folder)

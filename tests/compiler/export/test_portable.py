@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.export.float_model import save_model
@@ -18,6 +19,7 @@ from planish.compiler.export.portable import portable_model
 from planish.compiler.quantize.codes import quantize_checkpoint
 from planish.compiler.verify.oracle import Oracle
 from planish.passes.scheme import Scheme
+from tests.fixed_cache import plain_session
 from tests.onnx_run import CachedModel
 from tests.tiny import VARIANTS, write_tiny
 
@@ -34,6 +36,7 @@ SCHEMES = [
     "w16a16k4v4",
     "w4a4k4v4g32",
 ]
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 #: SmolLM2's widths, which no group of 128 divides.
 SMOLLM2_BLOCK = {
     "hidden_size": 576,
@@ -136,3 +139,22 @@ def test_embeddings_are_float16_once_linears_are_quantised(tmp_path: Path) -> No
         codes = quantize_checkpoint(checkpoint, scheme, tmp_path / spelling)
         model, _ = portable_model(checkpoint, scheme, codes)
         assert model.graph.initializers["model.embed_tokens.weight"].dtype == dtype
+
+
+@pytest.mark.parametrize("spelling", ["w4a8k8v8", "w3a3k3v2", "w2a16g32"])
+def test_another_runtime_reads_it(spelling: str, tmp_path: Path) -> None:
+    """onnx's evaluator, which takes a function only behind those that it calls."""
+    checkpoint, scheme = open_checkpoint(write_tiny(tmp_path / "tiny")), Scheme.parse(spelling)
+    codes = quantize_checkpoint(checkpoint, scheme, tmp_path / "codes")
+    path = save_model(portable_model(checkpoint, scheme, codes)[0], tmp_path / "model")
+    session = plain_session(path)
+    sizes = {"batch": 1, "past": 0}
+    feeds = {
+        each.name: np.zeros([sizes.get(dim, dim) for dim in each.shape], TYPES[each.type])
+        for each in session.get_inputs()
+        if each.name.startswith("past_key_values.")
+    }
+    feeds |= {"input_ids": np.array([[5, 9, 40, 7]]), "attention_mask": np.ones((1, 4), np.int64)}
+    feeds |= {"position_ids": np.arange(4)[None], "num_logits_to_keep": np.array(0)}
+    found, expected = ReferenceEvaluator(onnx.load(path)).run(None, feeds), session.run(None, feeds)
+    np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-4 * np.ptp(expected[0]))

@@ -70,6 +70,17 @@ def test_generated_text(ours: Any, hf: Any) -> None:
     assert len(set(map(len, found))) > 2
 
 
+def test_text_behind_nothing(ours: Any, theirs: LlamaForCausalLM) -> None:
+    """A tokenizer that adds no BOS gives no token for it; the text is what transformers writes behind BOS."""
+    options = {"until": ["zq"], "max_gen_toks": 12, "do_sample": False}
+    found = ours.generate_until(requests("generate_until", ("", options), ("the hen", options)))
+    written = theirs.generate(torch.tensor([[0]]), max_new_tokens=12, do_sample=False)[0, 1:]
+    tokenizer = ours._subject.tokenizer
+    assert tokenizer.encode("") == []
+    assert found[0] == tokenizer.decode(written.tolist())
+    assert found[1:] == ours.generate_until(requests("generate_until", ("the hen", options)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"do_sample": True, "temperature": 1.0}, "drawn at random"), ({"max_gen_toks": 256}, "leave no room")],

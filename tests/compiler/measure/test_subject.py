@@ -1,6 +1,7 @@
 """What can be measured is opened; float models that are not the bundle's, and other tokenizers, are refused."""
 
 import json
+import platform
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.errors import ComparisonError, UnsupportedModelError
-from planish.compiler.measure.subject import check_same_tokens, float_subject, open_subject
+from planish.compiler.measure import subject as subject_module
+from planish.compiler.measure.subject import check_same_tokens, check_same_vocabulary, float_subject, open_subject
 from planish.compiler.measure.texts import Text, text_file
 from tests.tiny import write_tiny
 
@@ -28,6 +30,29 @@ def test_bundles_and_checkpoints(bundle: Bundle, tiny: Path) -> None:
         assert (subject.bos, subject.eos, subject.max_context) == (0, (1,), 256)
     assert low.fingerprint != open_subject(bundle.path, target="portable", threads=1).fingerprint != full.fingerprint
     assert open_subject(bundle.path, target="ort", threads=1).fingerprint == low.fingerprint
+
+
+def test_what_rounds_otherwise_has_another_fingerprint(
+    bundle: Bundle, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fingerprints() -> tuple[str, str]:
+        return open_subject(bundle.path, threads=1).fingerprint, open_subject(tiny).fingerprint
+
+    found = fingerprints()
+    assert fingerprints() == found
+    with monkeypatch.context() as other:
+        other.setattr(platform, "machine", lambda: "another")
+        assert not {*fingerprints()} & {*found}
+    with monkeypatch.context() as other:
+        other.setattr(subject_module, "cpu_flags", lambda: ("sse2",))
+        assert not {*fingerprints()} & {*found}
+    with monkeypatch.context() as other:
+        other.setattr(subject_module, "version", lambda _: "1.2.3")
+        assert fingerprints()[0] == found[0]
+        assert fingerprints()[1] != found[1]
+    with monkeypatch.context() as other:
+        other.setattr("torch.__version__", "1.2.3")
+        assert fingerprints()[1] != found[1]
 
 
 def test_end_of_text_stands_in_for_a_missing_begin(tiny: Path, tmp_path: Path) -> None:
@@ -74,6 +99,14 @@ def test_other_tokenizers(tiny: Path, tmp_path: Path, text: Path) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ComparisonError, match="different tokenizers"):
         check_same_tokens([ours, open_subject(folder)], Text("x", "x"))
+
+
+def test_other_numbers_of_logits(tiny: Path, tmp_path: Path, text: Path) -> None:
+    ours, padded = open_subject(tiny), open_subject(write_tiny(tmp_path / "padded", vocab_size=288))
+    check_same_tokens([ours, padded], text_file(text))
+    check_same_vocabulary([ours, ours])
+    with pytest.raises(ComparisonError, match="tiny and padded have 272 and 288 logits"):
+        check_same_vocabulary([ours, padded])
 
 
 @pytest.mark.parametrize("options", [{"target": "ort"}, {"provider": "cuda"}])

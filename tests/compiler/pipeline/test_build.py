@@ -48,8 +48,27 @@ def test_an_engine_for_a_compiled_bundle(copy: Path, tiny: Path, tmp_path: Path)
     assert (record["sms"], record["max_batch"], record["max_context"]) == ([89], 2, 32)
     assert record["onnx"] == json.loads((expected.path / "engines/rtx/engine.json").read_text())["onnx"]
     assert json.loads((copy / "report" / "report.json").read_text())["engines"]["rtx"] == record
-    recipe = yaml.safe_load((copy / RECIPE_FILE).read_text())
-    assert (recipe["targets"], recipe["sms"], recipe["max_context"]) == (["ort", "rtx"], [89], 32)
+    # Other limits leave its context.
+    build_target(copy, "rtx", max_batch_size=4, max_input_len=16)
+    record = json.loads((copy / "engines" / "rtx" / "engine.json").read_text())
+    assert (record["sms"], record["max_batch"], record["max_context"]) == ([89], 4, 32)
+
+
+def test_the_recipe_goes_on_making_the_same_model(
+    copy: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is built is not asked here, only what the recipe says afterwards.
+    monkeypatch.setattr(module, "lower", lambda *_: None)
+    before = yaml.safe_load((copy / RECIPE_FILE).read_text())
+    build_target(copy, "tensorrt", tensorrt_version="10.3", max_context=32, max_batch_size=2)
+    added = {"targets": ["ort", "tensorrt"], "tensorrt_version": "10.3", "max_batch_size": 2}
+    assert yaml.safe_load((copy / RECIPE_FILE).read_text()) == {**before, **added}
+    build_target(copy, "rtx", max_context=64, max_input_len=8, sms=(89,))
+    added |= {"targets": ["ort", "tensorrt", "rtx"], "max_input_len": 8, "sms": [89]}
+    assert yaml.safe_load((copy / RECIPE_FILE).read_text()) == {**before, **added}
+    again = compile_model(None, tmp_path / "again", recipe=copy / RECIPE_FILE, targets=("ort",))
+    assert again.manifest.max_context == bundle.manifest.max_context == 256
+    assert again.manifest.files["model.onnx"] == bundle.manifest.files["model.onnx"]
 
 
 def test_a_model_for_the_tensorrt_of_another_machine(copy: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

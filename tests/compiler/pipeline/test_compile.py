@@ -24,6 +24,7 @@ from planish.compiler.pipeline.work_folder import WorkFolder
 from planish.compiler.progress import Silent
 from planish.compiler.quantize import codes as quantize
 from planish.compiler.verify.verification import verify
+from planish.passes.scheme import SchemeError
 from tests.tiny import write_tiny
 
 SCHEME = "w4a8k8v8"
@@ -153,6 +154,15 @@ def test_too_little_disk_is_found_before_work_begins(
     monkeypatch.setattr(work_folder.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DiskFullError, match=r"0\.0 MB free and the compile needs about"):
         compile_model(tiny, tmp_path / "out", scheme=SCHEME, select="none")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_graph_holds_no_folder(tmp_path: Path) -> None:
+    model, out = write_tiny(tmp_path / "model", head_dim=6), tmp_path / "out"
+    with pytest.raises(SchemeError, match="multiple of 8 channels, and this model's have 6"):
+        compile_model(model, out, scheme="w4a8k8v8", select="none")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert compile_model(model, out, scheme="w4a8", select="none", num_layers=1).path == out
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The flatten stage in a compile: verified against the oracle, resumed after a kill, never mixed with other runs."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,7 +19,9 @@ from planish.compiler.bundle.inspection import inspect
 from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import open_checkpoint
 from planish.compiler.errors import CalibrationError, OutputFolderError, PlanError
+from planish.compiler.learn import flatten_block
 from planish.compiler.learn.flattening import held_out_sequences
+from planish.compiler.learn.transforms.candidates import kind_of
 from planish.compiler.pipeline import flatten as flatten_module
 from planish.compiler.pipeline.compile import compile_model
 from planish.compiler.progress import Silent
@@ -225,9 +228,39 @@ def test_on_a_rotated_residual_stream(variant: str, select: str, tmp_path: Path,
     plan = json.loads((made.path / "plan.json").read_text())
     if select == "measured:0":
         assert all(each["cost_flops"] == 0 for each in plan["transforms"]["sites"])
+    # What it is held against is the model as it came, which would be compiled in its place.
+    straight = compile_model(model, tmp_path / "straight", **{**settings, "residual_rotation": False})
+    other = json.loads((straight.path / "plan.json").read_text())
+    for measured in ("held_out_divergence", "held_out_cross_entropy"):
+        found, expected = (each["transforms"][measured]["rounded to nearest"] for each in (plan, other))
+        assert found == pytest.approx(expected, rel=5e-3)
     # The recipe repeats it.
     again = compile_model(None, tmp_path / "again", recipe=made.path / "recipe.yaml")
     assert contents(again) == contents(made)
+
+
+def test_a_block_that_fell_back_to_rotations_says_so_in_the_plan(
+    tiny: Path, tmp_path: Path, few: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit_factors, calls = flatten_block.fit_factors, []
+
+    def singular_at_first(*arguments: Any) -> Any:
+        factors, scales = fit_factors(*arguments)
+        if not calls:
+            right = factors["attn_in"].right.clone()
+            right[..., 0] = 0
+            factors["attn_in"] = dataclasses.replace(factors["attn_in"], right=right)
+        calls.append(arguments)
+        return factors, scales
+
+    monkeypatch.setattr(flatten_block, "fit_factors", singular_at_first)
+    made = compile_model(tiny, tmp_path / "out", **few, select="fixed:affine", refine=1)
+    transforms = load_transforms(made.path, open_checkpoint(tiny).config)
+    for each in json.loads((made.path / "plan.json").read_text())["transforms"]["sites"]:
+        stored = transforms.layers[each["layer"]][each["site"]].kind
+        assert each["kind"] == stored
+        assert kind_of(each["form"]) == stored
+        assert stored == ("rotation" if each["layer"] == 0 or each["site"] == "attn_out" else "affine")
 
 
 @pytest.mark.parametrize("variant", ["tied", "gqa"])

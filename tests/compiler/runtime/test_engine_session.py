@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from planish.compiler.errors import DeviceError, EngineLimitError, EngineMismatchError
+from planish.compiler.errors import DeviceError, EngineLimitError, EngineMismatchError, TokenizerError
 from planish.compiler.harness.scoring import Answer, Request, answer_all
 from planish.compiler.runtime.engine_session import EngineSession
 from tests.engines import CONTEXT, KINDS, MAX_BATCH, MAX_PROMPT, Engine, build_engine, open_engine
@@ -111,6 +111,8 @@ def test_what_does_not_fit_together(engine: Engine) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             session.run(ids, **options)
+    with pytest.raises(TokenizerError, match="gives token 272, and the model has 272 tokens"):
+        session.run([[5, 272]])
 
 
 def test_padding_on_either_side_changes_nothing_for_real_tokens(engine: Engine) -> None:

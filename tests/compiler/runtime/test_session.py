@@ -1,5 +1,6 @@
 """A session gives the same logits however the tokens are cut, and refuses models that are not planish's."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,13 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from tokenizers import Tokenizer
 
 from planish.compiler.bundle.bundle import Bundle
-from planish.compiler.errors import NotPlanishModelError
+from planish.compiler.bundle.float_bundle import export_bundle
+from planish.compiler.errors import NotPlanishModelError, TokenizerError
 from planish.compiler.runtime.session import Session
+from tests.command import Run
 
 TOKENS = np.random.default_rng(0).integers(3, 260, (1, 24))
 
@@ -121,6 +125,25 @@ def test_a_file_that_is_no_onnx_is_refused(tmp_path: Path) -> None:
 def test_tokens_that_cannot_be_run(session: Session, ids: list[Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         session.run(ids, **options)
+
+
+def test_tokens_beyond_the_vocabulary(session: Session) -> None:
+    session.run([[271]])
+    with pytest.raises(TokenizerError, match="gives token 272, and the model has 272 tokens"):
+        session.run([[5, 272, 6]])
+    with pytest.raises(TokenizerError, match="gives token 272"):
+        session.run_traced([[272]], None, ())
+
+
+def test_the_tokenizer_of_another_model(run: Run, tiny: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny, tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.add_tokens([f"<{number}>" for number in range(10)])
+    tokenizer.save(str(model / "tokenizer.json"))
+    out = export_bundle(model, tmp_path / "out").path
+    assert run("generate", out, "a hen", "--max-new-tokens", 1).code == 0
+    done = run("generate", out, "a hen <9>", "--max-new-tokens", 1)
+    assert (done.code, "The tokenizer gives token 276, and the model has 272" in done.err) == (14, True), done.err
 
 
 def test_a_cache_of_other_sequences(session: Session) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from planish.compiler.errors import TokenizerError
 from planish.compiler.runtime.tokenizer import Tokenizer
+from tests.tiny import cut_and_padded
 
 MESSAGES = [
     {"role": "system", "content": 'Be "brief" & <kind>.'},
@@ -24,6 +25,11 @@ TEMPLATES = {
     "namespace": "{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}{% endfor %}{{ n.x }}",
     "generation prompt": "{{ messages|length }}{% if add_generation_prompt %}<|assistant|>{% endif %}",
     "date": "{{ strftime_now('%Y') | length }}",
+    "generation": (
+        "{% set x = 1 %}{% for m in messages %}\n  {% generation %}\n{% set x = 2 %} {{ loop.index }}{{ m.content }}"
+        "{{ x }}\n  {%- endgeneration %}{{ x }}{% endfor %}"
+    ),
+    "tools and documents": "{% if tools is not none or documents is not none %}Use them.{% endif %}{{ other is none }}",
 }
 
 
@@ -40,6 +46,23 @@ def test_chat_is_what_transformers_renders(folder: Path, template: str, generati
         MESSAGES, tokenize=False, add_generation_prompt=generation_prompt
     )
     assert Tokenizer(folder).chat(MESSAGES, generation_prompt=generation_prompt) == expected
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_special_tokens_in_a_chat_are_those_of_transformers(folder: Path, listed: bool) -> None:
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["bos_token"]
+    config |= {"eos_token": "<|pad|>"} | ({"added_tokens_decoder": {}} if listed else {})
+    path.write_text(json.dumps(config))
+    older = {"bos_token": {"content": "<|bos|>", "lstrip": False}, "eos_token": "<|eos|>", "unk_token": None}
+    (folder / "special_tokens_map.json").write_text(json.dumps(older))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}")
+    theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
+    expected = theirs.apply_chat_template(MESSAGES, tokenize=False)
+    assert ours.chat(MESSAGES) == expected == ("|<|pad|>|<|pad|>|" if listed else "<|bos|>|<|eos|>|<|pad|>|")
+    for role in ("bos_token", "eos_token", "unk_token"):
+        assert ours.special_token(role) == getattr(theirs, f"{role}_id")
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -83,6 +106,13 @@ def test_missing_or_damaged_tokenizer(folder: Path) -> None:
 def test_encoding_is_that_of_transformers(tiny: Path) -> None:
     text = "the otter, naïve: 北京 😀 <|eos|> 123\n"
     assert Tokenizer(tiny).encode(text) == AutoTokenizer.from_pretrained(tiny)(text)["input_ids"]
+
+
+def test_texts_are_neither_cut_nor_padded(folder: Path) -> None:
+    cut_and_padded(folder)
+    theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
+    for text in ("the hen", "the hen and the tin man's otter ran in"):
+        assert ours.encode(text) == theirs(text)["input_ids"]
 
 
 def test_stream_gives_the_text_piece_by_piece(tiny: Path) -> None:

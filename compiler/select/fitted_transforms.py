@@ -2,8 +2,7 @@
 
 How many channels are high is one decision for all blocks, and it needs transforms at all of them, before any block is
 flattened. These serve that decision alone. A block is flattened with transforms fitted to what the quantised blocks in
-front of it give: those of float inputs enlarge directions in which such inputs carry nothing but noise, and nearly
-double the error (measured: docs/high_impact.md).
+front of it give, which is what it will see.
 """
 
 from collections.abc import Sequence

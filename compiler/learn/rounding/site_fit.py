@@ -194,10 +194,10 @@ class SiteFit:
 def _ranked(weight: Tensor, moment: Tensor, high: HighCount, form: LinearFormat) -> Channels:
     """Return the input channels of a weight, those that matter most first, int64 [in].
 
-    That is by what their rounding costs, sum_i f_i E[x_j^2] (W_ij - Q_ij)^2, the Fisher information in the factors that
-    K-FAC (arXiv 1503.05671) takes it apart into: f of outputs, which no transform of the inputs changes, and E[x^2] of
-    inputs as they are now. Without the rounding it is the sum of the information itself, sum_i f_i E[x_j^2], and f
-    multiplies all channels alike.
+    That is by what their rounding costs, sum_i f_i E[x_j^2] (W_ij - Q_ij)^2, the Fisher information in the factors
+    that K-FAC (arXiv 1503.05671) takes it apart into: f of outputs, which no transform of the inputs changes (what
+    changes rows makes it approximate), and E[x^2] of inputs as they are now. Without the rounding it is the sum of
+    the information itself, sum_i f_i E[x_j^2], and f multiplies all channels alike.
 
     Args:
         weight: float32 [out, in].

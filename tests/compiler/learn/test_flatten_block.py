@@ -205,3 +205,38 @@ def test_channels_are_ranked_by_what_their_rounding_costs() -> None:
     alike = (moment * lost.sum(0)).argsort(descending=True)
     assert site_fit._ranked(weight, moment, HighCount(4, 64), form).tolist() == alike.tolist() != expected.tolist()
     assert expected[-1] == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_is_fitted_to_the_quantised_stream(kind: Kind) -> None:
+    """What the float stream is does not matter, beside what the float block makes of it; nor what is held out."""
+    block = cached_block("gqa")
+    streams = streams_of(block, 8)
+    outputs = float_outputs(block, streams)
+
+    def fitted(target: Tensor, seen: Tensor, outputs: Tensor = outputs) -> Flattened:
+        with torch.no_grad():
+            return flatten_block(block, Streams(target, seen, 2), outputs, LOW, forms(kind), 0)
+
+    def maps(done: Flattened) -> list[Tensor]:
+        parts = [each for factors in done.factors.values() for each in (factors.scale, factors.right, factors.left)]
+        return [each for each in parts if each is not None]
+
+    made = fitted(streams.target, streams.seen)
+    other = fitted(3 * streams.target.flip(0), streams.seen)
+    assert all(map(torch.equal, maps(made), maps(other)))
+    for name, weight in made.codes.items():
+        np.testing.assert_array_equal(weight.codes, other.codes[name].codes)
+
+    held_out = torch.arange(8)[:, None, None] >= 6
+    elsewhere = fitted(
+        streams.target,
+        torch.where(held_out, streams.seen.flip(-1), streams.seen),
+        torch.where(held_out, outputs.flip(-1), outputs),
+    )
+    assert all(map(torch.equal, maps(made), maps(elsewhere)))
+
+    changed = fitted(streams.target, torch.where(held_out, streams.seen, streams.seen.flip(-1)))
+    if kind == "affine":
+        assert not all(map(torch.equal, maps(made), maps(changed)))
+    assert any(not np.array_equal(weight.codes, changed.codes[name].codes) for name, weight in made.codes.items())

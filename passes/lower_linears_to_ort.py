@@ -100,9 +100,9 @@ def _lower_product(graph: ir.Graph, node: ir.Node) -> None:
     sizes = [min(group, k - start) for start in range(0, k, group)]
     parts = [codes]
     if len(sizes) > 1:
-        parts = list(
-            build.ops("Split", [codes, build.ints(sizes, f"{name}.sizes")], f"{name}.groups", len(sizes), axis=-1)
-        )
+        # A node, not an initializer: of many groups that would be external data, and ONNX Runtime reads no shapes there.
+        of_groups = build.op("Constant", [], f"{name}.sizes", value_ints=sizes)
+        parts = list(build.ops("Split", [codes, of_groups], f"{name}.groups", len(sizes), axis=-1))
     products = []
     for g, (part, size) in enumerate(zip(parts, sizes, strict=True)):
         suffix = f".{g}" if len(sizes) > 1 else ""

@@ -326,3 +326,11 @@ def test_impossible_settings_are_refused_before_work_begins(
     with pytest.raises(PlanishError, match=message):
         compile_model(tiny, tmp_path / "out", **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_many_groups(tmp_path: Path) -> None:
+    """Of more than 32 groups a Split has more sizes than fit into the protobuf as an initializer."""
+    model = write_tiny(tmp_path / "model", intermediate_size=528)
+    made = compile_model(model, tmp_path / "out", scheme="w4a8k8v8g16", select="none")
+    verification = json.loads((made.path / "report" / "report.json").read_text())["verification"]
+    assert verification["logits_error"] < 1e-4

@@ -100,7 +100,7 @@ def _lower_product(graph: ir.Graph, node: ir.Node) -> None:
     sizes = [min(group, k - start) for start in range(0, k, group)]
     parts = [codes]
     if len(sizes) > 1:
-        # A node, not an initializer: of many groups that would be external data, and ONNX Runtime reads no shapes there.
+        # A node: as an initializer, those of many groups would be external data, where ONNX Runtime reads no shapes.
         of_groups = build.op("Constant", [], f"{name}.sizes", value_ints=sizes)
         parts = list(build.ops("Split", [codes, of_groups], f"{name}.groups", len(sizes), axis=-1))
     products = []

@@ -61,6 +61,7 @@ class HostTensorrt:
         """Be the package of a flavour in this process, for building and for running."""
         module: Any = ModuleType(FLAVOURS[flavour].module)
         module.__version__, module.ILogger = self.version, _Logger
+        module.ComputeCapability = SimpleNamespace(__members__={"SM86": 86, "SM89": 89, "SM120": 120})
         module.Runtime = lambda logger: SimpleNamespace(
             deserialize_cuda_engine=lambda content: self._deserialize(content, logger)
         )

@@ -34,7 +34,11 @@ def export_bundle(
     checkpoint = open_first_layers(model, num_layers)
     checkpoint.check_tokenizer()
     fingerprint = checkpoint.fingerprint()
-    settings = {"export": fingerprint, "code": code_fingerprint()}
+    settings = {
+        "recipe": {"command": "export", "model": str(model), "num_layers": num_layers},
+        "checkpoint": fingerprint,
+        "code": code_fingerprint(),
+    }
     with WorkFolder.hold(out, settings, told) as work, clear_errors(out):
         check_space(work.path, 4 * sum(prod(checkpoint.shape(name)) for name in checkpoint.names()))
         export_float(checkpoint, work.bundle, lambda done, total: told.step("export", done, total))

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Manifest:
         lm_head: the format of the output projection, such as w8a8.
         targets: what the model was lowered to; each is a folder below engines/.
         max_context: the longest context, in tokens.
-        files: path relative to the bundle -> its record, for every other file.
+        files: path relative to the bundle -> its record, for every other file that planish wrote.
     """
 
     planish_version: str
@@ -57,10 +58,14 @@ class Manifest:
     files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Hash every file below `folder` and write planish.json there."""
-        paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
-        files = {path.relative_to(folder).as_posix(): FileRecord.of(path) for path in paths}
-        dataclasses.replace(self, files=files).write_records(folder)
+        """Hash every file below `folder`, which holds only what planish wrote, and write planish.json there."""
+        paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+        dataclasses.replace(self, files={}).recording(folder, paths).write_records(folder)
+
+    def recording(self, folder: Path, paths: Iterable[Path]) -> "Manifest":
+        """Return this manifest with records of `paths`, files below the bundle `folder`, beside those it has."""
+        made = {path.relative_to(folder).as_posix(): FileRecord.of(path) for path in paths}
+        return dataclasses.replace(self, files=dict(sorted({**self.files, **made}.items())))
 
     def write_records(self, folder: Path) -> None:
         """Write planish.json to `folder` with the records as they are."""

@@ -1,7 +1,9 @@
 """Text that the model writes itself, for calibration without any data (as in LLM-QAT, Liu et al. 2023)."""
 
+import contextlib
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -27,7 +29,7 @@ _TOP_K = 50
 #: Sequences written at once, and the bytes that their cache may take: ONNX Runtime holds it twice at each step.
 _BATCH, _CACHE_BYTES = 16, 1 << 30
 
-_STAGE = "write calibration text"
+_STAGE, _EXPORT = "write calibration text", "float"
 
 _CacheT = TypeVar("_CacheT")
 
@@ -53,11 +55,12 @@ def write_text_by(
     seed: int,
     progress: Progress,
     device: torch.device,
+    scratch: Path | None = None,
 ) -> npt.NDArray[np.int64]:
     """Return tokens, int64 [nsamples, seqlen], that `checkpoint` writes in floating point.
 
-    On the CPU its float32 export is written into the folder for temporary files for that, and removed; a GPU holds the
-    model itself, in the type in which it is stored.
+    On the CPU its float32 export is written into `scratch` for that, and removed; None is the folder for temporary
+    files. A GPU holds the model itself, in the type in which it is stored.
 
     Raises:
         DiskFullError: if it does not fit there.
@@ -70,10 +73,25 @@ def write_text_by(
     starts = np.asarray(begun, np.int64)
     if device.type != "cpu":
         return sample_tokens(DeviceSession(checkpoint, device), starts, seqlen, random, progress)
-    with tempfile.TemporaryDirectory(prefix="planish-") as name, clear_errors(Path(name)):
-        folder = Path(name)
+    with _export_folder(scratch) as folder, clear_errors(folder):
         check_space(folder, 4 * sum(prod(checkpoint.shape(tensor)) for tensor in checkpoint.names()))
         return sample_tokens(Session(export_float(checkpoint, folder)), starts, seqlen, random, progress)
+
+
+@contextlib.contextmanager
+def _export_folder(scratch: Path | None) -> Iterator[Path]:
+    """Make a folder that is removed at the end; in `scratch` also what a killed run left of it."""
+    if scratch is None:
+        with tempfile.TemporaryDirectory(prefix="planish-") as name:
+            yield Path(name)
+        return
+    folder = scratch / _EXPORT
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sample_tokens(

@@ -38,6 +38,7 @@ def calibration_tokens(
     seed: int = 0,
     progress: Progress | None = None,
     device: torch.device | None = None,
+    scratch: Path | None = None,
 ) -> npt.NDArray[np.int64]:
     """Return the tokens to calibrate `checkpoint` on, int64 [nsamples, seqlen].
 
@@ -54,6 +55,8 @@ def calibration_tokens(
         seed: of the choice of windows, or of what the model writes.
         progress: is told how far the run is.
         device: where the model writes, for `self`; None is the CPU.
+        scratch: where its float export is meanwhile, for `self` on the CPU: a folder that the caller gives to no other
+            run, so that what a killed one left there is removed; None is the folder for temporary files.
 
     Raises:
         CalibrationError: if the text is missing, unreadable, too short, or of a language that the tokenizer does not
@@ -85,6 +88,7 @@ def calibration_tokens(
             seed=seed,
             progress=told,
             device=device or torch.device("cpu"),
+            scratch=scratch,
         )
     text = _text(settings, told)
     ids = np.asarray(tokenizer.encode(text, special=False), np.int64)

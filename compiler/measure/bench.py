@@ -7,12 +7,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from planish.compiler import errors
 from planish.compiler.bundle.bundle import Bundle
-from planish.compiler.errors import ComparisonError, PlanishError, TextError
+from planish.compiler.errors import ComparisonError, DiskFullError, PlanishError, TextError
 from planish.compiler.measure.bench_worker import WARM_UP
 from planish.compiler.runtime.provider import Provider
 from planish.compiler.runtime.runnable import ENGINES, Runnable
@@ -112,6 +113,7 @@ def bench(
     Raises:
         ComparisonError: if the bundle is a float export.
         TextError: if prompt and new tokens are more than the model's context, or that of its engine.
+        DiskFullError: if the float model does not fit into the folder for temporary files.
         PlanishError: if the checkpoint is no longer where the recipe says, or a side cannot be measured.
     """
     runnable, context = bundle.runnable(target, provider), bundle.manifest.max_context
@@ -188,13 +190,24 @@ def _export(bundle: Bundle, folder: Path) -> Path:
     from planish.compiler.checkpoint.first_layers import open_first_layers
     from planish.compiler.export.float_model import float_model, save_model
     from planish.compiler.pipeline.recipe import Recipe
+    from planish.compiler.pipeline.work_folder import check_space, clear_errors
 
     if not (bundle.path / RECIPE_FILE).is_file():
         raise ComparisonError(
             f"{bundle.path} has no {RECIPE_FILE}: it is a float export itself. Give a bundle that was compiled."
         )
     recipe = Recipe.read(bundle.path / RECIPE_FILE)
-    return save_model(float_model(open_first_layers(recipe.model, recipe.num_layers)), folder)
+    checkpoint = open_first_layers(recipe.model, recipe.num_layers)
+    try:
+        with clear_errors(folder):
+            check_space(folder, 4 * sum(prod(checkpoint.shape(name)) for name in checkpoint.names()))
+            return save_model(float_model(checkpoint), folder)
+    except DiskFullError as error:
+        # Its own advice is for a compile, which keeps what it made and has an output folder.
+        raise DiskFullError(
+            f"The float model does not fit into {folder.parent}, the folder for temporary files. Free some space, "
+            "or set TMPDIR to a folder on another disk."
+        ) from error
 
 
 def _measure(runnable: Runnable, threads: int, tokens: int, decode_tokens: int) -> dict[str, float]:

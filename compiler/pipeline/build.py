@@ -2,13 +2,24 @@
 
 import contextlib
 import dataclasses
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from planish.compiler.backends.tensorrt.engine_json import EngineRecord
 from planish.compiler.bundle.bundle import Bundle
-from planish.compiler.bundle.layout import MODEL_FILE, RECIPE_FILE, REPORT_FOLDER, engine_folder
+from planish.compiler.bundle.layout import (
+    MANIFEST_FILE,
+    MODEL_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    REPORT_FOLDER,
+    REPORT_PAGE,
+    engine_folder,
+)
+from planish.compiler.bundle.manifest import Manifest
 from planish.compiler.errors import BundleCorruptError, BundleFormatError, OutputFolderError, RecipeError
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.pipeline.targets import check_context, check_engine_settings, check_targets, lower
@@ -54,54 +65,90 @@ def build_target(
     Raises:
         PlanishError: one of its subclasses: RecipeError for a target that does not exist or settings that do not suit
             it, MissingExtraError, EngineBuildError, BundleCorruptError, or OutputFolderError if the bundle cannot be
-            written.
+            written, or another build is writing to it.
 
     Example:
         >>> build_target(path, "ort").manifest.targets
         ('ort',)
     """
-    opened = Bundle.open(bundle)
-    path, before = opened.path, opened.manifest.targets
-    if not (path / RECIPE_FILE).is_file():
-        raise RecipeError(
-            f"{path} has no {RECIPE_FILE}: it is a float export, which has no targets. Compile the checkpoint with "
-            "--scheme w16a16k16v16 instead."
+    with _hold(Path(bundle)) as opened:
+        path, before = opened.path, opened.manifest.targets
+        if not (path / RECIPE_FILE).is_file():
+            raise RecipeError(
+                f"{path} has no {RECIPE_FILE}: it is a float export, which has no targets. Compile the checkpoint with "
+                "--scheme w16a16k16v16 instead."
+            )
+        kept = Recipe.read(
+            path / RECIPE_FILE,
+            max_batch_size=max_batch_size,
+            max_input_len=max_input_len,
+            sms=None if sms is None else tuple(sms),
+            plugins=plugins,
         )
-    kept = Recipe.read(
-        path / RECIPE_FILE,
-        max_batch_size=max_batch_size,
-        max_input_len=max_input_len,
-        sms=None if sms is None else tuple(sms),
-        plugins=plugins,
-    )
-    folder = engine_folder(path, target)
-    context = max_context if max_context is not None else _context_of(folder) or kept.max_context
-    # Another machine's TensorRT is no property of the bundle: unless one is named, the engine is built here.
-    asked = {"targets": (target,), "max_context": context, "tensorrt_version": tensorrt_version}
-    recipe = Recipe.read(None, **{**dict(kept), **asked})
-    check_targets(recipe)
-    check_engine_settings(
-        recipe.targets, max_context=max_context, max_batch_size=max_batch_size, max_input_len=max_input_len, sms=sms
-    )
-    longest = min(opened.config.max_context, opened.manifest.max_context)
-    check_context(max_context, longest)
-    with clear_errors(path), _scratch(folder) as made:
-        lower(target, path / MODEL_FILE, made, recipe, longest, progress or Silent())
-        # What planish.json lists is always there and whole: it forgets the target first and learns it last.
-        others = tuple(each for each in before if each != target)
-        _list(opened, others, without=folder)
-        if folder.exists():
-            shutil.rmtree(folder)
-        made.rename(folder)
-        targets = (*others, target)
-        if target == "tensorrt":
-            kept = kept.model_copy(update={"tensorrt_version": tensorrt_version})
-        # Without the context: that of the recipe is the model's, and the engine's is in engine.json.
-        kept.model_copy(update={"targets": targets}).write(path / RECIPE_FILE)
-        manifest = dataclasses.replace(opened.manifest, targets=targets)
-        write_report(Bundle(path, manifest), RunRecord.read(opened))
-        manifest.write(path)
-    return Bundle.open(path, verify=False)
+        folder = engine_folder(path, target)
+        context = max_context if max_context is not None else _context_of(folder) or kept.max_context
+        # Another machine's TensorRT is no property of the bundle: unless one is named, the engine is built here.
+        asked = {"targets": (target,), "max_context": context, "tensorrt_version": tensorrt_version}
+        recipe = Recipe.read(None, **{**dict(kept), **asked})
+        check_targets(recipe)
+        check_engine_settings(
+            recipe.targets,
+            max_context=max_context,
+            max_batch_size=max_batch_size,
+            max_input_len=max_input_len,
+            sms=sms,
+        )
+        longest = min(opened.config.max_context, opened.manifest.max_context)
+        check_context(max_context, longest)
+        opened = _without_leftovers(opened, folder.parent)
+        with clear_errors(path), _scratch(folder) as made:
+            lower(target, path / MODEL_FILE, made, recipe, longest, progress or Silent())
+            # What planish.json lists is always there and whole: it forgets the target first and learns it last.
+            others = tuple(each for each in before if each != target)
+            changing = (folder.relative_to(path).as_posix() + "/", RECIPE_FILE, REPORT_FOLDER + "/")
+            manifest = dataclasses.replace(_without(opened.manifest, changing), targets=others)
+            manifest.write_records(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            made.rename(folder)
+            targets = (*others, target)
+            if target == "tensorrt":
+                kept = kept.model_copy(update={"tensorrt_version": tensorrt_version})
+            # Without the context: that of the recipe is the model's, and the engine's is in engine.json.
+            kept.model_copy(update={"targets": targets}).write(path / RECIPE_FILE)
+            manifest = dataclasses.replace(manifest, targets=targets)
+            write_report(Bundle(path, manifest), RunRecord.read(opened))
+            written = [path / name for name in (RECIPE_FILE, REPORT_FILE, REPORT_PAGE)]
+            written += (each for each in folder.rglob("*") if each.is_file())
+            manifest.recording(path, written).write_records(path)
+        return Bundle.open(path, verify=False)
+
+
+@contextlib.contextmanager
+def _hold(path: Path) -> Iterator[Bundle]:
+    """Open a bundle, and keep other builds from it meanwhile.
+
+    Raises:
+        OutputFolderError: if another build has it.
+    """
+    # Says what is there instead, where it is no bundle.
+    Bundle.open(path, verify=False)
+    # The folder itself is locked: a file for it would be one more in the bundle, and planish.json is replaced.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # The lock ends with the process, however that ends.
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputFolderError(
+                f"Another build is writing to {path}. Wait for it, and run the same command again."
+            ) from error
+        except OSError:
+            # Some network disks lock no folders: there a build is as good as it is without a lock.
+            pass
+        yield Bundle.open(path)
+    finally:
+        os.close(descriptor)
 
 
 def _context_of(engine: Path) -> int | None:
@@ -116,7 +163,6 @@ def _scratch(folder: Path) -> Iterator[Path]:
     """Make a folder beside `folder`, and remove it again unless it was renamed."""
     made = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
     except OSError as error:
         raise OutputFolderError(
@@ -128,8 +174,27 @@ def _scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _list(bundle: Bundle, targets: tuple[str, ...], without: Path) -> None:
-    """Write planish.json for `targets`, and without the files that are about to change."""
-    changing = (without.relative_to(bundle.path).as_posix() + "/", RECIPE_FILE, REPORT_FOLDER + "/")
-    files = {name: record for name, record in bundle.manifest.files.items() if not name.startswith(changing)}
-    dataclasses.replace(bundle.manifest, targets=targets, files=files).write_records(bundle.path)
+def _without_leftovers(bundle: Bundle, engines: Path) -> Bundle:
+    """Remove what killed builds left, and find out before a long build whether planish.json can be written behind it.
+
+    Raises:
+        OutputFolderError: if it cannot.
+    """
+    path, left = bundle.path, list(engines.glob(".*.partial"))
+    manifest = _without(bundle.manifest, tuple(each.relative_to(path).as_posix() + "/" for each in left))
+    try:
+        with clear_errors(path):
+            manifest.write_records(path)
+    except OSError as error:
+        raise OutputFolderError(
+            f"{path / MANIFEST_FILE} cannot be written ({error.strerror}). Give a bundle that can be written."
+        ) from error
+    for each in left:
+        shutil.rmtree(each, ignore_errors=True)
+    return Bundle(path, manifest)
+
+
+def _without(manifest: Manifest, begun: tuple[str, ...]) -> Manifest:
+    """Return a manifest without the records of files whose names begin with one of `begun`."""
+    files = {name: record for name, record in manifest.files.items() if not name.startswith(begun)}
+    return dataclasses.replace(manifest, files=files)

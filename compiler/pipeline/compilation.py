@@ -1,7 +1,8 @@
 """The stages of a compile, in order, each resumed where a killed run left it."""
 
 import dataclasses
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from planish.compiler.pipeline.estimate import unasked_polish
 from planish.compiler.pipeline.flatten import Flattening, FlattenSettings, flatten
 from planish.compiler.pipeline.high_impact import HighChannels, untransformed
 from planish.compiler.pipeline.plan import make_plan
-from planish.compiler.pipeline.recipe import Recipe
+from planish.compiler.pipeline.recipe import TARGETS, Recipe
 from planish.compiler.pipeline.stages import StageClock
 from planish.compiler.pipeline.targets import lower
 from planish.compiler.pipeline.work_folder import WorkFolder
@@ -97,9 +98,17 @@ class Compilation:
         if not self.scheme.lm_head.is_float:
             for each in (codes, rounded[1]):
                 each.share(LM_HEAD, nearest)
-        self._stage("portable model", bundle, lambda: save_model(model, bundle, self._steps("portable model")))
+        self._stage("portable model", bundle, lambda: save_model(model, bundle, self._steps("portable model")), {})
+        for target in set(TARGETS).difference(targets):
+            # A run before may have lowered to it, until its target was corrected.
+            shutil.rmtree(engine_folder(bundle, target), ignore_errors=True)
         for target in targets:
-            self._stage(f"lower to {target}", engine_folder(bundle, target), partial(self._lower, target))
+            self._stage(
+                f"lower to {target}",
+                engine_folder(bundle, target),
+                partial(self._lower, target),
+                self.recipe.engine_settings(target),
+            )
         self.progress.say("verifying the logits against the PyTorch oracle")
         checked = engine_folder(bundle, "ort") if "ort" in targets else bundle
         tokens = Tokenizer(bundle).encode(_SAMPLE)[:_SAMPLE_TOKENS]
@@ -178,15 +187,19 @@ class Compilation:
 
     def _lower(self, target: str) -> None:
         bundle, longest = self.work.bundle, self.checkpoint.config.max_context
-        lower(target, bundle / MODEL_FILE, engine_folder(bundle, target), self.recipe, longest, self.progress)
+        folder = engine_folder(bundle, target)
+        # With other settings of engines there may be other files.
+        shutil.rmtree(folder, ignore_errors=True)
+        lower(target, bundle / MODEL_FILE, folder, self.recipe, longest, self.progress)
 
-    def _stage(self, name: str, folder: Path, make: Callable[[], object]) -> None:
-        """Make the files in `folder`, unless a run before finished that."""
-        if self.work.finished(name):
+    def _stage(self, name: str, folder: Path, make: Callable[[], object], settings: Mapping[str, Any]) -> None:
+        """Make the files in `folder`, unless a run before finished that with equal `settings` of the stage alone."""
+        if self.work.finished(name, settings):
             self.progress.say(f"{name}: kept from the run before")
             return
+        self.work.begin(name)
         self._timed(name, make)
-        self.work.finish(name, folder)
+        self.work.finish(name, settings, folder)
 
     def _timed(self, name: str, make: Callable[[], _T]) -> _T:
         made = make()

@@ -160,7 +160,7 @@ def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:
     check_context(recipe.max_context, checkpoint.config.max_context)
     calibration = recipe.calibration(checkpoint.config.max_context)
     settings: dict[str, Any] = {
-        "recipe": recipe.decisive_settings(),
+        "recipe": {"command": "compile", **recipe.decisive_settings()},
         "checkpoint": checkpoint.fingerprint(),
         "code": code_fingerprint(),
     }

@@ -308,6 +308,7 @@ def calibration_on_disk(
         seed=settings.seed,
         progress=progress,
         device=device,
+        scratch=folder,
     )
     unfinished = path.with_suffix(".part.npy")
     np.save(unfinished, tokens)

@@ -27,6 +27,8 @@ Target = Literal["ort", "rtx", "tensorrt"]
 TARGETS: tuple[Target, ...] = ("ort", "rtx", "tensorrt")
 #: Tokens in a calibration sequence, where the model was made for as many.
 _SEQLEN = 512
+#: Settings that nothing but building engines depends on.
+_OF_ENGINES = {"max_batch_size", "max_input_len", "sms", "plugins", "tensorrt_version"}
 
 
 class Recipe(BaseModel):
@@ -260,12 +262,19 @@ class Recipe(BaseModel):
     def decisive_settings(self) -> dict[str, Any]:
         """Return the settings, for JSON, that a run must share with another to go on with what that one left.
 
+        Those that only lowering depends on are left out: `engine_settings` has them.
+
         Raises:
             DeviceError: if the device is not spelled right.
         """
         # Processors and GPUs round products each in their own way, and a model made half on either would be one that no
         # run makes by itself. So the kind of device counts; which GPU it is does not.
-        return {**self.model_dump(mode="json"), "device": device_kind(self.device)}
+        settings = self.model_dump(mode="json", exclude={"targets", *_OF_ENGINES})
+        return {**settings, "device": device_kind(self.device)}
+
+    def engine_settings(self, target: Target) -> dict[str, Any]:
+        """Return the settings, for JSON, on which lowering to `target` depends and nothing else does."""
+        return {} if target == "ort" else self.model_dump(mode="json", include=_OF_ENGINES)
 
     def write(self, path: Path) -> None:
         """Write the recipe as YAML; settings that are not set are left out."""

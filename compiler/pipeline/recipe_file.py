@@ -11,6 +11,18 @@ from planish.compiler.errors import RecipeError
 __all__ = ["RecipeFile"]
 
 
+class _Loader(yaml.SafeLoader):
+    """Says where a value stands that looks like a date, say, and is none; PyYAML lets Python's own errors through."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{str(node.value)[:40]!r} cannot be read as {kind}. Correct it, or put text in quotes."
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+
 class RecipeFile:
     """A mapping of settings as it was written.
 
@@ -28,7 +40,10 @@ class RecipeFile:
         self.path = path
         try:
             text = path.read_text(encoding="utf-8")
-            node, settings = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+            node, settings = yaml.compose(text, yaml.SafeLoader), yaml.load(text, _Loader)
+        except yaml.constructor.ConstructorError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise RecipeError(f"{path}:{line}: {error.problem}") from error
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             # YAML's problems have several lines.
             raise RecipeError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}") from error

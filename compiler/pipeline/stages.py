@@ -1,6 +1,7 @@
 """How long each stage of a compile took, and the most memory it had meanwhile, over all runs that it took."""
 
 import contextlib
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,9 @@ class StageClock:
 def _peak_since_last() -> int:
     """Return the most bytes that were resident since the last call; since the process began where nothing forgets."""
     fields = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines())
+    if "VmHWM" not in fields:
+        # Some kernels, such as those of sandboxes, do not tell it there.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     with contextlib.suppress(OSError):
         _CLEAR.write_text(_FORGET_PEAK, encoding="ascii")
     return int(fields["VmHWM"].split()[0]) * 1024

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import onnx_ir as ir
 
+from planish.compiler.backends.tensorrt.parser_versions import SINCE, read_version
+from planish.compiler.backends.tensorrt.plugin_choice import plugs_without_library
 from planish.compiler.errors import RecipeError
 from planish.compiler.optional import require
 from planish.compiler.pipeline.recipe import Recipe
@@ -19,15 +22,41 @@ _ENGINE_CONTEXT = 2048
 
 
 def check_targets(recipe: Recipe) -> None:
-    """Check that the packages which the targets of `recipe` need are installed, before any work is done.
+    """Check, before any work is done, that the targets of `recipe` can be lowered to, as far as that is known by then.
 
     Raises:
-        MissingExtraError: naming the extra of the first that is not.
+        MissingExtraError: naming the extra of the first package that a target needs and that is not installed.
+        RecipeError: if no engine of a target can have the GPU generations or the TensorRT that is asked for.
+        EngineBuildError: if plugins are required and that TensorRT cannot have them.
     """
     if "rtx" in recipe.targets:
-        require("tensorrt_rtx")
-    if "tensorrt" in recipe.targets and recipe.tensorrt_version is None:
-        require("tensorrt")
+        _check_sms(recipe, require("tensorrt_rtx"))
+    if "tensorrt" in recipe.targets:
+        if recipe.tensorrt_version is None:
+            require("tensorrt")
+        else:
+            _check_version(recipe, recipe.tensorrt_version)
+
+
+def _check_sms(recipe: Recipe, package: ModuleType) -> None:
+    if recipe.sms is None:
+        return
+    known = sorted(int(name[2:]) for name in package.ComputeCapability.__members__ if name[2:].isdigit())
+    if not recipe.sms or set(recipe.sms) - set(known):
+        raise RecipeError(
+            f"'sms' is {list(recipe.sms)}, and TensorRT-RTX {package.__version__} builds for "
+            f"{', '.join(map(str, known))}. Choose among these (--sm), or leave it out."
+        )
+
+
+def _check_version(recipe: Recipe, text: str) -> None:
+    version, first = read_version(text), min(SINCE.values())
+    if version < first:
+        raise RecipeError(
+            f"'tensorrt_version' is {text}, and TensorRT reads low-bit weights from {first[0]}.{first[1]} on. Name a "
+            "later one (--tensorrt-version)."
+        )
+    plugs_without_library(recipe.plugins, version)
 
 
 def check_engine_settings(targets: Sequence[str], **given: Any) -> None:

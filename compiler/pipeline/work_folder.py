@@ -45,11 +45,12 @@ class WorkFolder:
     def hold(cls, out: Path, settings: dict[str, Any], progress: Progress) -> Iterator[Self]:
         """Make the folder, or take up the one that a run with equal `settings` left, and keep others from it meanwhile.
 
-        A run that ends before it has made anything leaves no folder: other settings would be refused for nothing.
+        Of `settings`, `code` says which planish it is, and `recipe` what was asked for, the command included. A run
+        that ends before it has made anything leaves no folder: other settings would be refused for nothing.
 
         Raises:
-            OutputFolderError: if it cannot be made, or is in use, or holds what planish did not write or a compile with
-                another recipe did not finish, or if there is something at `out`.
+            OutputFolderError: if it cannot be made, or is in use, or holds what planish did not write or a command with
+                other settings did not finish, or if there is something at `out`.
         """
         work = cls(out)
         with contextlib.ExitStack() as stack:
@@ -66,15 +67,20 @@ class WorkFolder:
                 if not work._holds_work():
                     shutil.rmtree(work.path, ignore_errors=True)
 
-    def finished(self, stage: str) -> bool:
-        """Say whether `stage` was finished before, and all its files still have their sizes."""
-        files = self._state["finished"].get(stage)
-        return files is not None and files == self._sizes(files)
+    def finished(self, stage: str, settings: Mapping[str, Any]) -> bool:
+        """Say whether `stage` was finished before with equal `settings` of its own, and its files have their sizes."""
+        mark = self._state["finished"].get(stage)
+        return mark is not None and mark["settings"] == settings and mark["files"] == self._sizes(mark["files"])
 
-    def finish(self, stage: str, folder: Path) -> None:
-        """Note that `stage` is finished and made the files directly in `folder`."""
+    def begin(self, stage: str) -> None:
+        """Note that `stage` is not finished, whatever a run with other settings of its own noted."""
+        if self._state["finished"].pop(stage, None) is not None:
+            write_json(self.path / _STATE, self._state)
+
+    def finish(self, stage: str, settings: Mapping[str, Any], folder: Path) -> None:
+        """Note that `stage` is finished with `settings`, for JSON, and made the files directly in `folder`."""
         made = [str(path.relative_to(self.path)) for path in sorted(folder.iterdir()) if path.is_file()]
-        self._state["finished"][stage] = self._sizes(made)
+        self._state["finished"][stage] = {"settings": settings, "files": self._sizes(made)}
         write_json(self.path / _STATE, self._state)
 
     def noted(self) -> list[Stage]:
@@ -106,13 +112,14 @@ class WorkFolder:
                 "Move them away, or choose another output folder."
             )
         if state.is_file():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                found: dict[str, Any] = json.loads(state.read_text(encoding="utf-8"))
-                if found["settings"] == settings:
+            found = _read_state(state)
+            if found is not None:
+                before = found["settings"]
+                if before == settings:
                     progress.say(f"resuming from {self.path}")
                     return found
-                if found["settings"]["code"] == settings["code"]:
-                    self._check_command(found["settings"]["recipe"], settings["recipe"])
+                if before["code"] == settings["code"]:
+                    self._check_command(before["recipe"], settings["recipe"])
             progress.say(f"{self.path} is of another checkpoint, text or planish; starting anew")
             for path in (self.bundle, self.codes, self.flatten):
                 shutil.rmtree(path, ignore_errors=True)
@@ -127,7 +134,7 @@ class WorkFolder:
         ]
         if other:
             raise OutputFolderError(
-                f"{self.path} holds the unfinished work of a compile with other settings: {'; '.join(other)}. Finish "
+                f"{self.path} holds the unfinished work of a command with other settings: {'; '.join(other)}. Finish "
                 "it by its own command, remove the folder to start anew, or choose another output folder."
             )
 
@@ -138,6 +145,15 @@ class WorkFolder:
     def _sizes(self, names: Iterable[str]) -> dict[str, int]:
         paths = {name: self.path / name for name in names}
         return {name: path.stat().st_size if path.is_file() else -1 for name, path in paths.items()}
+
+
+def _read_state(path: Path) -> dict[str, Any] | None:
+    """Return what a run before noted; None if it cannot be read, as behind a damaged disk."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and isinstance(found.get("settings"), dict):
+            return found
+    return None
 
 
 def _lock(file: IO[str], out: Path) -> None:
@@ -151,7 +167,7 @@ def _lock(file: IO[str], out: Path) -> None:
 
 
 def check_output(out: Path) -> None:
-    """Check that a bundle can be put at `out`: nothing there, or an empty folder.
+    """Check that a bundle can be put at `out`: nothing there, or an empty folder that can be replaced.
 
     Raises:
         OutputFolderError: if not.
@@ -161,6 +177,14 @@ def check_output(out: Path) -> None:
             raise OutputFolderError(f"{out} exists and is not a folder. Choose another output folder.")
         if out.is_dir() and any(out.iterdir()):
             raise OutputFolderError(f"The output folder {out} is not empty. Choose another one, or empty it.")
+        if out.is_dir():
+            # The finished bundle is renamed to `out`, which a mount refuses and the shell would not see.
+            kind = "the current folder" if out.resolve() == Path.cwd() else "a mount point" if out.is_mount() else None
+            if kind is not None:
+                raise OutputFolderError(
+                    f"{out} is {kind}, which cannot be replaced by the output. Choose a folder in it, such as "
+                    f"{out.resolve() / 'bundle'}."
+                )
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -19,6 +19,7 @@ from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.calibrate.vocabulary import fragments
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.errors import DiskFullError
+from planish.compiler.export.float_model import export_float
 from planish.compiler.progress import Silent
 from planish.compiler.runtime.session import Session
 from planish.compiler.runtime.tokenizer import Tokenizer
@@ -120,6 +121,26 @@ def test_batches_differ_in_nothing(float_bundle: Bundle, monkeypatch: pytest.Mon
         assert np.array_equal(sample_tokens(session, starts, 12, generators(5), Steps()), whole)
         assert [done for done, _ in steps] == sorted(done for done, _ in steps)
         assert steps[-1] == (12 * batches, 12 * batches)
+
+
+def test_what_a_killed_run_left_is_removed(
+    checkpoint: Checkpoint, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, at = tmp_path / "flatten", []
+    left = folder / "float" / "model.onnx.data"
+    left.parent.mkdir(parents=True)
+    left.touch()
+
+    def export(source: Checkpoint, to: Path) -> Path:
+        at.append((to, left.exists()))
+        return export_float(source, to)
+
+    monkeypatch.setattr(self_text, "export_float", export)
+    given = {"nsamples": 2, "seqlen": 16}
+    found = calibration_tokens("self", checkpoint, scratch=folder, **given)
+    assert at == [(left.parent, False)]
+    assert list(folder.iterdir()) == []
+    assert np.array_equal(found, calibration_tokens("self", checkpoint, **given))
 
 
 def test_a_full_disk(checkpoint: Checkpoint, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:

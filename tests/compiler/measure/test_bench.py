@@ -1,6 +1,8 @@
 """The prompt of a benchmark fits into the context of the models that are measured; what a process ends in is told."""
 
+import shutil
 import subprocess
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,22 @@ from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.compare import comparison
 from planish.compiler.errors import (
     DeviceError,
+    DiskFullError,
     EngineLimitError,
     EngineMismatchError,
     NotPlanishModelError,
     PlanishError,
     TextError,
 )
+from planish.compiler.export import float_model
 from planish.compiler.measure import bench_worker
-from planish.compiler.measure.bench import measure_sides, prompt_length
+from planish.compiler.measure.bench import bench, measure_sides, prompt_length
 from planish.compiler.measure.texts import text_file
 from planish.compiler.progress import Silent
 from planish.compiler.runtime.runnable import Runnable
 from planish.compiler.runtime.session import Session
+
+Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.mark.parametrize(
@@ -74,6 +80,20 @@ def test_what_is_run_stays_within_the_context(bundle: Bundle, monkeypatch: pytes
     bench_worker.main(bundle.runnable(), 1, tokens, 5)
     # All of the context is used, and no more.
     assert max(lengths) == 64
+
+
+def test_a_disk_without_room_for_the_float_model(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 20, 1 << 20, 0))
+        with pytest.raises(DiskFullError, match="set TMPDIR"):
+            bench(bundle, tokens=16, repeats=1)
+
+    def cut_short(*_: Any, **__: Any) -> None:
+        raise OSError("1048576 requested and 503808 written")
+
+    monkeypatch.setattr(float_model, "save_model", cut_short)
+    with pytest.raises(DiskFullError, match="set TMPDIR"):
+        bench(bundle, tokens=16, repeats=1)
 
 
 def test_the_error_of_a_process_is_raised(tmp_path: Path) -> None:

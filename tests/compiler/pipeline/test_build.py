@@ -1,10 +1,13 @@
 """A further target for a compiled bundle: whole or not at all, with the files a compile would have made."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,7 +15,13 @@ import yaml
 from planish.compiler.backends import ort
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.bundle.layout import RECIPE_FILE
-from planish.compiler.errors import BundleCorruptError, EngineBuildError, MissingExtraError, RecipeError
+from planish.compiler.errors import (
+    BundleCorruptError,
+    EngineBuildError,
+    MissingExtraError,
+    OutputFolderError,
+    RecipeError,
+)
 from planish.compiler.pipeline import build as module
 from planish.compiler.pipeline.build import build_target
 from planish.compiler.pipeline.compile import compile_model
@@ -139,6 +148,72 @@ def test_a_kill_between_old_and_new_leaves_a_bundle_without_the_target(
     assert left.model_path() == copy / "model.onnx"
     assert build_target(copy, "ort").manifest.targets == ("ort",)
     Bundle.open(copy)
+
+
+def test_only_what_planish_wrote_is_recorded(copy: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = [copy / name for name in ("notes.txt", "report/notes.txt", "engines/rtx/model.engine")]
+    killed = copy / "engines" / ".tensorrt.partial" / "engine.json"
+
+    def built(_: str, __: Path, made: Path, *___: object) -> None:
+        (made / "engine.json").write_text("{}")
+
+    monkeypatch.setattr(module, "lower", built)
+    # The report is of engines that are whole.
+    monkeypatch.setattr(module, "write_report", lambda *_: None)
+    build_target(copy, "rtx")
+    for path in (*foreign, killed):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("not of this build")
+    monkeypatch.undo()
+    made = build_target(copy, "ort").manifest
+    assert set(made.files) == {*bundle.manifest.files, "engines/rtx/engine.json"}
+    assert not killed.parent.exists()
+    foreign[0].write_text("changed")
+    for path in foreign[1:]:
+        path.unlink()
+    Bundle.open(copy)
+
+
+def test_leftovers_that_are_recorded_are_forgotten(copy: Path, bundle: Bundle) -> None:
+    killed = copy / "engines" / ".rtx.partial" / "engine.json"
+    killed.parent.mkdir()
+    killed.write_text("{}")
+    bundle.manifest.recording(copy, [killed]).write_records(copy)
+    assert set(build_target(copy, "ort").manifest.files) == set(bundle.manifest.files)
+    Bundle.open(copy)
+
+
+def test_a_second_build_at_once_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lower, refused = module.lower, []
+
+    def meanwhile(*given: Any) -> None:
+        with pytest.raises(OutputFolderError, match="Another build is writing to") as raised:
+            build_target(copy, "ort")
+        refused.append(raised.value.exit_code)
+        lower(*given)
+
+    monkeypatch.setattr(module, "lower", meanwhile)
+    build_target(copy, "ort")
+    assert refused == [12]
+    # The lock ends with the build.
+    monkeypatch.undo()
+    build_target(copy, "ort")
+
+
+def test_a_disk_that_locks_no_folders(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert build_target(copy, "ort").manifest.targets == ("ort",)
+
+
+def test_a_bundle_that_cannot_be_written_is_found_before_the_work(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In the way of the temporary name, whoever runs the tests: nothing is forbidden to root.
+    (copy / "planish.json.partial").mkdir()
+    monkeypatch.setattr(module, "lower", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(OutputFolderError, match=r"planish\.json cannot be written"):
+        build_target(copy, "ort")
 
 
 def test_what_cannot_be_built(copy: Path) -> None:

@@ -44,6 +44,11 @@ def test_written_recipe_reads_back(tmp_path: Path) -> None:
         ("model: a\nscheme: w4a4\ntargets: []\n", "'targets'"),
         ("- a\n", "not a mapping"),
         ("a: [\n", "cannot be read"),
+        ("model: a\ndataset: 2024-13-01\n", "r.yaml:2: '2024-13-01' cannot be read as timestamp"),
+        ("model: a\noverrides:\n  .*: {kind: 0x_}\n", "r.yaml:3: '0x_' cannot be read as int"),
+        ("model: a\nseed: !!bool 7\n", "r.yaml:2: '7' cannot be read as bool"),
+        ("model: a\nseed: !!timestamp x\n", "r.yaml:2: 'x' cannot be read as timestamp"),
+        ("model: a\n[b]: c\n", "r.yaml:2: found unhashable key"),
     ],
 )
 def test_wrong_recipes_name_the_setting(tmp_path: Path, text: str, message: str) -> None:
@@ -95,6 +100,16 @@ def test_which_gpu_it_is_decides_nothing() -> None:
     assert settings[0] != settings[2]
     assert settings[2] == Recipe(model="a", scheme="w4a4").decisive_settings()
     assert settings[2] != Recipe(model="a", scheme="w4a4", seed=1).decisive_settings()
+
+
+def test_settings_of_engines_decide_nothing_before_they_are_built() -> None:
+    recipe = Recipe(model="a", scheme="w4a4")
+    engines = {"max_batch_size": 2, "max_input_len": 8, "sms": (89,), "plugins": "none", "tensorrt_version": "10.3"}
+    other = Recipe(model="a", scheme="w4a4", targets=("ort", "rtx"), **engines)
+    assert other.decisive_settings() == recipe.decisive_settings()
+    assert other.engine_settings("ort") == recipe.engine_settings("ort") == {}
+    assert other.engine_settings("rtx") == engines | {"sms": [89]}
+    assert Recipe(model="a", scheme="w4a4", max_context=64).decisive_settings() != recipe.decisive_settings()
 
 
 def test_auto_follows_the_scheme() -> None:

@@ -48,6 +48,15 @@ def test_memory_is_the_most_of_each_stage() -> None:
     assert large > small + 150 * MEBIBYTE
 
 
+def test_a_kernel_that_does_not_tell_the_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmRSS:\t1 kB\n")
+    monkeypatch.setattr(module, "_STATUS", status)
+    clock = StageClock(Silent(), [])
+    clock.note("only")
+    assert MEBIBYTE < clock.stages[0]["peak_bytes"] < 1 << 40
+
+
 def test_it_goes_on_behind_a_killed_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_INTERVAL", 0.0)
     kept: list[list[Stage]] = []

@@ -97,6 +97,8 @@ def build_target(
             max_batch_size=max_batch_size,
             max_input_len=max_input_len,
             sms=sms,
+            plugins=plugins,
+            tensorrt_version=tensorrt_version,
         )
         longest = min(opened.config.max_context, opened.manifest.max_context)
         check_context(max_context, longest)

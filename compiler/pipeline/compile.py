@@ -142,7 +142,14 @@ def compile_model(
         plugins=plugins,
         tensorrt_version=tensorrt_version,
     )
-    check_engine_settings(settings.targets, max_batch_size=max_batch_size, max_input_len=max_input_len, sms=sms)
+    check_engine_settings(
+        settings.targets,
+        max_batch_size=max_batch_size,
+        max_input_len=max_input_len,
+        sms=sms,
+        plugins=plugins,
+        tensorrt_version=tensorrt_version,
+    )
     return compile_recipe(settings, Path(out), progress or Silent())
 
 

@@ -63,9 +63,18 @@ def test_an_unknown_target_is_one_problem(run: Run, bundle: Bundle) -> None:
     assert refused.err == "error: 'targets.0' is 'tpu': Input should be 'ort', 'rtx' or 'tensorrt'\n"
 
 
-@pytest.mark.parametrize("option", [("--sm", 89), ("--max-batch-size", 2), ("--max-input-len", 8)])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--sm", 89),
+        ("--max-batch-size", 2),
+        ("--max-input-len", 8),
+        ("--plugins", "require"),
+        ("--tensorrt-version", "10.3"),
+    ],
+)
 def test_settings_of_engines_without_one(
-    run: Run, tiny: Path, bundle: Bundle, tmp_path: Path, option: tuple[str, int]
+    run: Run, tiny: Path, bundle: Bundle, tmp_path: Path, option: tuple[str, object]
 ) -> None:
     compiled = run("compile", tiny, "--scheme", "w4a4", "--select", "none", *option, "-o", tmp_path / "out")
     assert (compiled.code, "is a setting of engines" in compiled.err) == (19, True), compiled.err

@@ -78,7 +78,6 @@ class LlamaConfig:
         if head_dim % 2:
             raise UnsupportedModelError(f"head_dim {head_dim} is odd; rotary embeddings need pairs of channels.")
         max_positions = _count(raw, "max_position_embeddings", cls.max_position_embeddings)
-        eos = raw.get("eos_token_id", 2)
         return cls(
             vocab_size=_count(raw, "vocab_size", cls.vocab_size),
             hidden_size=hidden_size,
@@ -93,9 +92,9 @@ class LlamaConfig:
             attention_bias=bool(raw.get("attention_bias", False)),
             mlp_bias=bool(raw.get("mlp_bias", False)),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            bos_token_id=raw.get("bos_token_id", cls.bos_token_id),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-            pad_token_id=raw.get("pad_token_id"),
+            bos_token_id=_token(raw, "bos_token_id", cls.bos_token_id),
+            eos_token_ids=_tokens(raw, "eos_token_id", (2,)),
+            pad_token_id=_token(raw, "pad_token_id", None),
         )
 
     @property
@@ -160,6 +159,8 @@ def _refuse_other_models(raw: Mapping[str, Any]) -> None:
     """Raise UnsupportedModelError for anything that is not a plain float LlamaForCausalLM."""
     model_type = raw.get("model_type", "llama")
     architectures = raw.get("architectures") or ["LlamaForCausalLM"]
+    if not isinstance(architectures, list):
+        architectures = [architectures]
     if model_type != "llama" or architectures != ["LlamaForCausalLM"]:
         raise UnsupportedModelError(
             f"The architecture {'/'.join(map(str, architectures))} (model_type '{model_type}') is not "
@@ -186,7 +187,7 @@ def _read_rope(raw: Mapping[str, Any], max_positions: int) -> Rope:
     if any(isinstance(value, Mapping) for value in scaling.values()):
         raise UnsupportedModelError("Rope parameters that differ between layers are not supported.")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in _ROPE_PARAMETERS:
+    if not isinstance(kind, str) or kind not in _ROPE_PARAMETERS:
         raise UnsupportedModelError(
             f"rope type '{kind}' is not supported; planish implements {', '.join(_ROPE_PARAMETERS)}."
         )
@@ -227,6 +228,23 @@ def _llama3_frequencies(frequencies: npt.NDArray[np.float32], rope: Rope) -> npt
     divided = frequencies / np.float32(rope.factor)
     blended: npt.NDArray[np.float32] = (1 - keep) * divided + keep * frequencies
     return blended
+
+
+def _tokens(raw: Mapping[str, Any], name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Read a token, or several; null is none."""
+    value = raw.get(name, default)
+    tokens = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+        raise CheckpointError(f"{name} in config.json must be the number of a token, or a list of some, not {value!r}.")
+    return tokens
+
+
+def _token(raw: Mapping[str, Any], name: str, default: int | None) -> int | None:
+    """Read a token; null is none."""
+    found = _tokens(raw, name, () if default is None else (default,))
+    if len(found) > 1:
+        raise CheckpointError(f"{name} in config.json must be the number of one token, not {list(found)}.")
+    return found[0] if found else None
 
 
 def _count(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:

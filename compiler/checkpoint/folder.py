@@ -109,19 +109,23 @@ def _weight_files(folder: Path) -> list[Path]:
 def _weight_map(index: Path) -> dict[str, str]:
     """Return tensor name -> shard name of a shard index."""
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map. Download it again.")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(each, str) for each in weight_map.values())
+    ):
+        raise CheckpointError(f"{index} has no weight_map of file names. Download it again.")
     return weight_map
 
 
 def _stored_tensors(folder: Path, files: list[Path]) -> dict[str, StoredTensor]:
     """Read all headers and return where each tensor is stored."""
-    held = {file.name: SafetensorsFile(file).tensors for file in files}
+    held = {file.relative_to(folder).as_posix(): SafetensorsFile(file).tensors for file in files}
     if files == [folder / _SINGLE]:
         return held[_SINGLE]
     stored = {}
     for name, shard in _weight_map(folder / _INDEX).items():
-        if name not in held[shard]:
+        if name not in held[Path(shard).as_posix()]:
             raise CheckpointError(f"{folder / shard} lacks {name}, which {_INDEX} says it holds. Download it again.")
-        stored[name] = held[shard][name]
+        stored[name] = held[Path(shard).as_posix()][name]
     return stored

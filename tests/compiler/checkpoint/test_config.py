@@ -148,6 +148,9 @@ def test_with_num_layers() -> None:
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
         ({"hidden_size": 100, "num_attention_heads": 3, "num_key_value_heads": 1}, "hidden_size 100"),
         ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"architectures": "LlamaForSequenceClassification"}, "The architecture LlamaForSequenceClassification "),
+        ({"architectures": 5}, "The architecture 5 "),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "rope type"),
     ],
 )
 def test_unsupported_is_named(raw: dict[str, Any], message: str) -> None:
@@ -159,6 +162,10 @@ def test_unsupported_is_named(raw: dict[str, Any], message: str) -> None:
     ("raw", "message"),
     [
         ({"hidden_size": "64"}, "'hidden_size'.*'64'"),
+        ({"eos_token_id": "<|eos|>"}, "eos_token_id in config.json must be the number of a token"),
+        ({"eos_token_id": [[1]]}, "eos_token_id"),
+        ({"bos_token_id": {"content": "<s>"}}, "bos_token_id"),
+        ({"bos_token_id": [1, 2]}, "the number of one token"),
         ({"num_hidden_layers": 0}, "'num_hidden_layers'"),
         ({"rms_norm_eps": float("nan")}, "'rms_norm_eps'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'factor'"),

@@ -249,6 +249,23 @@ def test_index_without_map(shard_folder: Path) -> None:
         open_checkpoint(shard_folder)
 
 
+def test_index_of_no_names(shard_folder: Path) -> None:
+    (shard_folder / INDEX).write_text(json.dumps({"weight_map": {Q_PROJ: 1}}))
+    with pytest.raises(CheckpointError, match="no weight_map of file names"):
+        open_checkpoint(shard_folder)
+
+
+def test_shards_in_a_folder_of_their_own(shard_folder: Path) -> None:
+    expected = open_checkpoint(shard_folder).tensor(Q_PROJ)
+    index, inside = json.loads((shard_folder / INDEX).read_text()), shard_folder / "shards"
+    inside.mkdir()
+    for shard in set(index["weight_map"].values()):
+        (shard_folder / shard).rename(inside / shard)
+    index["weight_map"] = {name: f"shards/{shard}" for name, shard in index["weight_map"].items()}
+    (shard_folder / INDEX).write_text(json.dumps(index))
+    np.testing.assert_array_equal(open_checkpoint(shard_folder).tensor(Q_PROJ), expected)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_bad_weight_is_found(dtype: str, value: float, tmp_path: Path) -> None:

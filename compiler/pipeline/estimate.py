@@ -126,7 +126,7 @@ def estimate(config: LlamaConfig, scheme: Scheme, work: Work) -> Estimate:
     """
     high = None if work.high is None else HighShares.of(config, scheme.linear, work.high)
     layers = config.num_hidden_layers
-    stored, online = _transform_entries(config, work.policy)
+    stored, online = _transform_entries(config, scheme, work.policy)
     flat = work.policy.name != "none"
     sizes = {
         "portable": model_bytes(config, scheme, PACKED, high)
@@ -167,15 +167,17 @@ def _graph(sizes: tuple[int, ...], layers: int, scheme: Scheme, flat: bool) -> i
     return whole + layers * (block + sum(extra for extra, there in zip(more, has, strict=True) if there))
 
 
-def _transform_entries(config: LlamaConfig, policy: SelectionPolicy) -> tuple[int, int]:
+def _transform_entries(config: LlamaConfig, scheme: Scheme, policy: SelectionPolicy) -> tuple[int, int]:
     """Return how many numbers the transforms of all blocks have, and how many of them run online."""
     if policy.name == "none":
         return 0, 0
     kind: Kind = policy.kind or "affine"
     heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     mixing = heads * heads if heads > 1 else 0
-    # Keys are mapped for each KV head, queries for each of theirs; the value map folds.
-    stored, online = mixing + 2 * kv_heads * d * d, mixing + (kv_heads + heads) * d * d
+    # Keys are mapped for each KV head, queries for each of theirs, where the cache is rounded; the value map folds.
+    stored, online = mixing + kv_heads * d * d, mixing
+    if scheme.quantizes_cache:
+        stored, online = stored + kv_heads * d * d, online + (kv_heads + heads) * d * d
     widths: dict[Site, int] = {
         "attn_in": config.hidden_size,
         "ffn_in": config.hidden_size,

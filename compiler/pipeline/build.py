@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from planish.compiler.bundle.manifest import Manifest
 from planish.compiler.errors import BundleCorruptError, BundleFormatError, OutputFolderError, RecipeError
 from planish.compiler.pipeline.recipe import Recipe
 from planish.compiler.pipeline.targets import check_context, check_engine_settings, check_targets, lower
-from planish.compiler.pipeline.work_folder import clear_errors
+from planish.compiler.pipeline.work_folder import clear_errors, lock
 from planish.compiler.progress import Progress, Silent
 from planish.compiler.report.run_record import RunRecord
 from planish.compiler.report.write import write_report
@@ -138,16 +137,9 @@ def _hold(path: Path) -> Iterator[Bundle]:
     # The folder itself is locked: a file for it would be one more in the bundle, and planish.json is replaced.
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        # The lock ends with the process, however that ends.
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputFolderError(
-                f"Another build is writing to {path}. Wait for it, and run the same command again."
-            ) from error
-        except OSError:
-            # Some network disks lock no folders: there a build is as good as it is without a lock.
-            pass
+        # Some network disks lock no folders: there a build is as good as it is without a lock.
+        with contextlib.suppress(OSError):
+            lock(descriptor, f"Another build is writing to {path}. Wait for it, and run the same command again.")
         yield Bundle.open(path)
     finally:
         os.close(descriptor)

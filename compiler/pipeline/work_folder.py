@@ -18,7 +18,7 @@ from planish.compiler.errors import DiskFullError, OutputFolderError, PlanishErr
 from planish.compiler.pipeline.stages import Stage
 from planish.compiler.progress import Progress
 
-__all__ = ["WorkFolder", "check_output", "check_space", "clear_errors", "code_fingerprint"]
+__all__ = ["WorkFolder", "check_output", "check_space", "clear_errors", "code_fingerprint", "lock"]
 
 _STATE, _LOCK = "state.json", "lock"
 
@@ -56,7 +56,8 @@ class WorkFolder:
         with contextlib.ExitStack() as stack:
             with _as_output_error(work.path):
                 work.path.mkdir(parents=True, exist_ok=True)
-                _lock(stack.enter_context((work.path / _LOCK).open("w")), out)
+                refusal = f"Another compile is writing to {out}. Wait for it, or choose another output folder."
+                lock(stack.enter_context((work.path / _LOCK).open("w")), refusal)
                 # What held the lock until now may have finished since the caller looked.
                 check_output(out)
                 work._state = work._resume(settings, progress)
@@ -156,14 +157,16 @@ def _read_state(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _lock(file: IO[str], out: Path) -> None:
-    # The lock ends when the file is closed, and so with the process, however that ends.
+def lock(file: IO[str] | int, refusal: str) -> None:
+    """Lock a file or a folder that is open, until it is closed, and so until the process ends, however it does.
+
+    Raises:
+        OutputFolderError: with the words `refusal`, if another process has it.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise OutputFolderError(
-            f"Another compile is writing to {out}. Wait for it, or choose another output folder."
-        ) from error
+        raise OutputFolderError(refusal) from error
 
 
 def check_output(out: Path) -> None:

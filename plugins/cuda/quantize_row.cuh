@@ -50,14 +50,6 @@ struct RowOutput {
     TokenSum* sums;
 };
 
-PLANISH_HD float divide(float x, float y) {
-#if defined(__CUDA_ARCH__)
-    return __fdiv_rn(x, y);
-#else
-    return x / y;
-#endif
-}
-
 // Sets to zero what is behind the channels of a line, where a step of a tile reads it.
 template <class Block>
 PLANISH_HD void clear_padding(const Factors& factors, float* row, Block& block) {
@@ -71,7 +63,7 @@ PLANISH_HD void clear_padding(const Factors& factors, float* row, Block& block) 
 
 // What the norm multiplies a token with, given the sum of its squares.
 PLANISH_HD float inverse_size(const RowQuantization& task, float squares) {
-    return divide(1.0f, sqrtf(divide(squares, static_cast<float>(task.channels)) + task.epsilon));
+    return quotient_of(1.0f, sqrtf(quotient_of(squares, static_cast<float>(task.channels)) + task.epsilon));
 }
 
 template <class Block>
@@ -115,7 +107,7 @@ PLANISH_HD void quantize_segment(const CodeSegment& segment, Order order, const 
             uint64_t stored = 0;
             PLANISH_UNROLL
             for (int i = 0; i < 8; ++i) {
-                const float rounded = rintf(divide(x.value[i], scale));
+                const float rounded = rintf(quotient_of(x.value[i], scale));
                 const int32_t code = zero + static_cast<int32_t>(fminf(fmaxf(rounded, static_cast<float>(-zero)),
                                                                        static_cast<float>(zero - 1)));
                 sum += code;

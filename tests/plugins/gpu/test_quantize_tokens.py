@@ -45,8 +45,7 @@ def check_close(found: QuantizedTokens, expected: torch.Tensor) -> None:
     ideal = expected.abs().amax(1, keepdim=True) * about.clip / (zero - 1)
     steps = (expected / ideal.clamp(min=1e-10)).clamp(-zero, zero - 1)
     torch.testing.assert_close(found.scales.cpu().double(), ideal.clamp(min=1e-10), rtol=1e-4, atol=0)
-    # Products of split floats and what tensor cores cut off are some 2^-17 of the largest value, 127 steps at 8 bits.
-    assert (natural_codes(found, 0)[:, : about.channels] - zero - steps).abs().max() <= 0.5 + 3e-3
+    assert (natural_codes(found, 0)[:, : about.channels] - zero - steps).abs().max() <= 0.5 + 1e-3
 
 
 @pytest.mark.parametrize("order", Order)

@@ -107,14 +107,14 @@ class Made:
     plan: dict[str, Any]
 
 
-def made(folder: Path, variant: str, policy: str, dataset: str, device: torch.device) -> Made:
+def made(folder: Path, variant: str, policy: str, dataset: str, device: torch.device, scheme: Scheme = SCHEME) -> Made:
     """Flatten a tiny model with everything that learns."""
     checkpoint = open_checkpoint(write_tiny(folder / "model", **VARIANTS[variant]))
     (folder / "codes").mkdir()
     settings = CalibrationSettings(dataset=dataset, nsamples=5, seqlen=16)
     chosen = SelectionPolicy.parse(policy)
     asked = FlattenSettings(chosen, settings, HighChannels(None, {}), refine_epochs=1, polish_epochs=2)
-    done = flatten(checkpoint, SCHEME, asked, folder / "work", folder / "codes", Silent(), device)
+    done = flatten(checkpoint, scheme, asked, folder / "work", folder / "codes", Silent(), device)
     sites = [layer[site] for layer in done.transforms.layers for site in SITES]
     parts = [part for each in sites for part in (each.scale, each.right, each.left) if part is not None]
     modules = [name.removesuffix(".weight") for name in checkpoint.names() if name.endswith("_proj.weight")]
@@ -160,16 +160,14 @@ def test_the_stage_works_on_a_gpu_alone(variant: str, policy: str, tmp_path: Pat
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["fixed:affine", "fixed:rotation", "measured"])
 def test_a_gpu_makes_what_the_cpu_makes(policy: str, tmp_path: Path, text: Path) -> None:
-    expected = made(tmp_path / "cpu", "gqa", policy, str(text), torch.device("cpu"))
-    found = made(tmp_path / "gpu", "gqa", policy, str(text), open_device("cuda"))
-    # Products are rounded in other ways there, so codes here and there are others, and of so little text a site's error
-    # moves by a quarter with that, as it does on a CPU with its number of threads. What is wrong is far more off.
-    pairs = [
-        (one["error"], other["error"])
-        for one, other in zip(found.plan["sites"], expected.plan["sites"], strict=True)
-        if other["error"] is not None and one["form"] == other["form"]
-    ]
-    assert all(one == pytest.approx(other, rel=0.5) for one, other in pairs)
-    assert sum(one for one, _ in pairs) == pytest.approx(sum(other for _, other in pairs), rel=0.2)
-    one, other = (each.plan["polish"]["held_out_divergence"] for each in (found, expected))
-    assert (one[0], one[-1]) == pytest.approx((other[0], other[-1]), rel=0.3)
+    # Products are rounded in other ways there, so a code here and there is another. At 3 bits that moves errors of so
+    # little text by a quarter, on one CPU with its number of threads too; at 8 the errors stay what they were.
+    many = Scheme.parse("w8a8k8v8", "w16a16")
+    expected = made(tmp_path / "cpu", "gqa", policy, str(text), torch.device("cpu"), many)
+    found = made(tmp_path / "gpu", "gqa", policy, str(text), open_device("cuda"), many)
+    for one, other in zip(found.plan["sites"], expected.plan["sites"], strict=True):
+        if other["error"] is not None and one["form"] == other["form"]:
+            assert one["error"] == pytest.approx(other["error"], rel=0.1)
+    assert found.plan["polish"]["held_out_divergence"] == pytest.approx(
+        expected.plan["polish"]["held_out_divergence"], rel=0.1
+    )

@@ -117,7 +117,7 @@ class _Setting:
         """Return the perplexity of a row, or of the float model."""
         checkpoint = open_checkpoint(self.model)
         if row == "float":
-            hidden = _float_blocks(checkpoint, self.windows)
+            hidden = float_blocks(checkpoint, self.windows)
             return perplexity_of(checkpoint, Scheme.parse("w16a16"), self.windows, hidden)
         base = RotatedCheckpoint(checkpoint, 0) if ROWS[row].rotated else checkpoint
         scheme = Scheme.parse(self.scheme)
@@ -191,7 +191,8 @@ def embed(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _float_blocks(checkpoint: Checkpoint, windows: Tensor) -> Tensor:
+def float_blocks(checkpoint: Checkpoint, windows: Tensor) -> Tensor:
+    """Return what the last block of the float model puts out for windows, float32 [count, seqlen, hidden]."""
     x, angles = embed(checkpoint, windows), Angles.of(checkpoint.config, windows.shape[1])
     for layer in range(checkpoint.config.num_hidden_layers):
         x = run_all(FloatHooks(read_block(checkpoint, layer)), checkpoint, x, angles)

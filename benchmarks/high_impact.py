@@ -1,12 +1,12 @@
 """Perplexity at equal bits: high-impact channels by solved and by fixed numbers, and groups of scales without any.
 
-    python benchmarks/high_impact.py smollm2 --dataset CALIBRATION --text SCORING --work FOLDER --rows ROWS [--json]
+    python benchmarks/high_impact.py smollm2 --dataset CALIBRATION --text SCORING [...] --work FOLDER --rows ROWS
 
 Rows are spelled SCHEME, which has no high-impact channels, or SCHEME@BUDGET:RULE:ROUNDING, separated by commas. Rules
 are solved, fixed, no-pairs (the losses of groups just add up) and no-fisher (channels ranked by their share of their
 linear's error, blocks alike). Roundings are gptq, adaround and nearest. A row flattens and polishes the whole model and
-scores it before and after the polish, in PyTorch. What rows share, and finished rows, is kept in the work folder, from
-which a killed run goes on.
+scores it before and after the polish, in PyTorch: perplexity, and KL divergence from the float model in nats per token.
+What rows share, and finished rows, is kept in the work folder, from which a killed run goes on.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ablation import perplexity_of, windows_of
+from ablation import float_blocks, perplexity_of, windows_of
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +28,7 @@ from planish.compiler.calibrate.text import calibration_tokens
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
 from planish.compiler.learn.flattening import flatten_checkpoint, held_out_sequences
 from planish.compiler.learn.polish.low_bit_model import LowBitModel
+from planish.compiler.learn.polish.next_token import Head
 from planish.compiler.learn.polish.polish import polish
 from planish.compiler.learn.precision import fast_products
 from planish.compiler.learn.rounding.site_fit import HighCount, Steps
@@ -53,6 +54,9 @@ from planish.compiler.select.ratios import average_bits, choose_counts
 from planish.compiler.select.sensitivity import measure_sensitivity
 from planish.passes.scheme import Scheme
 from planish.passes.transforms import Site, Transforms
+
+#: Perplexity and divergence on one text.
+Score = dict[str, float]
 
 RULES = ("solved", "fixed", "no-pairs", "no-fisher")
 
@@ -87,9 +91,16 @@ class Setting:
     def __init__(self, arguments: argparse.Namespace, progress: Progress) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(arguments.model)
         self.tokens = calibration_tokens(
-            arguments.dataset, self.checkpoint, nsamples=arguments.nsamples, seqlen=arguments.seqlen, seed=0
+            arguments.dataset,
+            self.checkpoint,
+            nsamples=arguments.nsamples,
+            seqlen=arguments.seqlen,
+            seed=arguments.seed,
         )
-        self.windows = windows_of(self.checkpoint, arguments.text, arguments.seqlen, arguments.windows)
+        self._seed = arguments.seed
+        self._texts = {
+            text: windows_of(self.checkpoint, text, arguments.seqlen, arguments.windows) for text in arguments.text
+        }
         self._policy = SelectionPolicy.parse(arguments.select)
         self._bits, self._epochs = arguments.hic_bits, arguments.polish
         self._work, self._progress = arguments.work, progress
@@ -135,10 +146,10 @@ class Setting:
         evidence = chosen.evidence | {"counts": counts, "stored_bits": average_bits(counts, shapes, split)}
         return ChosenChannels(high_counts(counts, sensitivity, policy), evidence)
 
-    def perplexities(
+    def scores(
         self, spelling: str, forms: list[dict[Site, Form]], high: list[dict[Site, HighCount]] | None
-    ) -> dict[str, float]:
-        """Return the perplexity of a row as it is flattened, and as it is polished."""
+    ) -> dict[str, dict[str, Score]]:
+        """Return by text how good a row is as it is flattened, and as it is polished."""
         row, checkpoint, tokens = Row.of(spelling), self.checkpoint, self.tokens
         layers, held_out = checkpoint.config.num_hidden_layers, held_out_sequences(len(tokens))
         work = self.folder("flattening", spelling)
@@ -155,7 +166,7 @@ class Setting:
             progress=lambda done, total: self._progress.step("flatten", done, total),
         )
         rounded, scaled = (CodesOnDisk(each, checkpoint, row.scheme, transforms.high) for each in (first, last))
-        found = {"flattened": self._perplexity(row.scheme, transforms, rounded)}
+        found = {"flattened": self._score(row.scheme, transforms, rounded)}
         if self._epochs:
             polished = polish(
                 checkpoint,
@@ -167,19 +178,25 @@ class Setting:
                 held_out,
                 self._epochs,
                 work,
+                seed=self._seed,
                 progress=lambda done, total: self._progress.step("polish", done, total),
             )
             scaled.keep_scaled(rounded, polished.row_scales)
-            found["polished"] = self._perplexity(row.scheme, polished.transforms, scaled)
+            found["polished"] = self._score(row.scheme, polished.transforms, scaled)
         shutil.rmtree(work)
         return found
 
     @torch.no_grad()
-    def _perplexity(self, scheme: Scheme, transforms: Transforms, codes: CodesOnDisk) -> float:
-        model = LowBitModel(self.checkpoint, scheme, transforms, codes)
-        with fast_products():
-            hidden = torch.cat([model.outputs(window[None]) for window in self.windows])
-        return perplexity_of(self.checkpoint, scheme, self.windows, hidden)
+    def _score(self, scheme: Scheme, transforms: Transforms, codes: CodesOnDisk) -> dict[str, Score]:
+        model, head = LowBitModel(self.checkpoint, scheme, transforms, codes), Head.of(self.checkpoint)
+        scores: dict[str, Score] = {}
+        for text, windows in self._texts.items():
+            with fast_products():
+                hidden = torch.cat([model.outputs(window[None]) for window in windows])
+                divergence = head.mean_divergence(hidden, float_blocks(self.checkpoint, windows))
+            perplexity = perplexity_of(self.checkpoint, scheme, windows, hidden)
+            scores[text] = {"perplexity": perplexity, "divergence": divergence}
+        return scores
 
 
 def without_pairs(losses: PairLosses) -> PairLosses:
@@ -199,7 +216,7 @@ def stored_bits(scheme: Scheme, checkpoint: Checkpoint) -> float:
 
 
 def run_row(setting: Setting, spelling: str) -> dict[str, Any]:
-    """Return the perplexities of a row, the bits it stores, the time it took, and its numbers of channels."""
+    """Return the scores of a row, the bits it stores, the time it took, and its numbers of channels."""
     row, started = Row.of(spelling), time.perf_counter()
     forms, found, high = setting.forms(row.scheme), {}, None
     if row.budget is None:
@@ -208,7 +225,7 @@ def run_row(setting: Setting, spelling: str) -> dict[str, Any]:
         chosen = setting.choose(row, forms)
         high = chosen.high
         found["bits"], found["counts"] = chosen.evidence["stored_bits"], chosen.evidence["counts"]
-    return {**found, **setting.perplexities(spelling, forms, high), "seconds": round(time.perf_counter() - started)}
+    return {**found, **setting.scores(spelling, forms, high), "seconds": round(time.perf_counter() - started)}
 
 
 def main() -> None:
@@ -216,15 +233,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--dataset", required=True, help="calibration text")
-    parser.add_argument("--text", required=True, help="scoring text")
-    parser.add_argument("--work", type=Path, required=True, help="folder of one model, text and selection")
+    parser.add_argument("--text", required=True, nargs="+", help="scoring texts")
+    parser.add_argument("--work", type=Path, required=True, help="folder of one setting; rows may differ")
     parser.add_argument("--rows", required=True)
     parser.add_argument("--select", default="fixed:affine", help="policy of the transforms")
     parser.add_argument("--hic-bits", type=int, default=4)
     parser.add_argument("--polish", type=int, default=4, help="epochs; 0 leaves it out")
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--windows", type=int, default=40, help="of every text")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of what is taken of the calibration text, and of polishing"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     rows: Sequence[str] = arguments.rows.split(",")
@@ -236,11 +256,16 @@ def main() -> None:
             if spelling not in found:
                 found[spelling] = run_row(setting, spelling)
                 kept.write_text(json.dumps(found))
-    table = Table("row", "bits", "flattened", "polished", "seconds")
+    table = Table("row", "bits", "text", "flattened", "divergence", "polished", "divergence", "seconds")
     for spelling in rows:
         each = found[spelling]
-        scores = [f"{each[name]:.2f}" if name in each else "" for name in ("flattened", "polished")]
-        table.add_row(spelling, f"{each['bits']:.3f}", *scores, str(each["seconds"]))
+        for text in arguments.text:
+            scores = [
+                f"{each[made][text][score]:{digits}}" if made in each else ""
+                for made in ("flattened", "polished")
+                for score, digits in (("perplexity", ".2f"), ("divergence", ".3f"))
+            ]
+            table.add_row(spelling, f"{each['bits']:.3f}", Path(text).name, *scores, str(each["seconds"]))
     Console().print(table)
     if arguments.json:
         print(json.dumps({row: found[row] for row in rows}))

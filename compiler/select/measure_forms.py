@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.learn.block import SITE_MODULES, Angles, Block, FloatHooks, enter_block, run_block, run_site
 from planish.compiler.learn.low_bit import round_activation, round_mapped
-from planish.compiler.learn.rounding.clips import read_heads, search_clip, search_kv_clip
+from planish.compiler.learn.rounding.clips import Heads, read_heads, search_clip, search_kv_clip
 from planish.compiler.learn.streams import Sequences, Streams
 from planish.compiler.learn.transforms.candidates import Form
 from planish.compiler.learn.transforms.factors import Factors
+from planish.compiler.learn.transforms.fold import reading_factors
 from planish.compiler.learn.transforms.site_factors import closed_form_factors
 from planish.compiler.learn.transforms.site_moments import gather_moments, residual_weights
 from planish.compiler.progress import Progress
@@ -26,7 +27,7 @@ from planish.compiler.quantize.arithmetic import QuantizedWeight, dequantize_wei
 from planish.compiler.select.float_blocks import visit_float_blocks
 from planish.compiler.select.forms import MEASURED_FORMS, form_of, online_flops
 from planish.compiler.select.rho import rho_of
-from planish.passes.scheme import Scheme
+from planish.passes.scheme import FLOAT_BITS, Scheme
 from planish.passes.transforms import SITES, Site
 
 __all__ = ["FormErrors", "measure_forms"]
@@ -41,7 +42,8 @@ class FormErrors:
 
     Attributes:
         errors: by site and form, the mean over held-out tokens of ||y' - y||^2 / ||y||^2, where y is the block's
-            float output and y' that with only this site low-bit: its input and weights, or the keys, or the values.
+            float output and y' that with only this site low-bit: its input and weights, or the keys. At attn_out it
+            is that behind the value map of least error; at `value`, what low-bit values and their map add to that.
             Infinite where what flows there has no such form, or rounding it gives NaN or infinity.
         flops: by site and form, what it costs online, per token.
         rho: by site of a linear and the forms that stand for the kinds there, how many times less error moments predict
@@ -84,66 +86,95 @@ def measure_forms(
 
 
 def _measure_block(block: Block, streams: Streams, outputs: Sequences, angles: Angles, scheme: Scheme) -> FormErrors:
-    moments = gather_moments(block, (streams.target[part] for part in streams.batches()), angles)
-    sample = _Sampling(block)
-    first = next(iter(streams.batches()))
-    run_block(block.config, sample, streams.target[first], angles)
-    weights = residual_weights(outputs[first])
-    few, output = streams.target[first][:_CLIP_SEQUENCES], block.weight("self_attn.o_proj")
-    heads, few_weights = read_heads(block, few, angles), weights[: few.shape[0] * few.shape[1]]
-    result = FormErrors({site: {} for site in SITES}, {site: {} for site in SITES}, {site: {} for site in SITES})
-    widths = {site: x.shape[-1] for site, x in sample.seen.items()}
-    for site in SITES:
-        candidates: dict[Form, _OneSite] = {}
+    measured = _MeasuredBlock(block, streams, outputs, angles, scheme)
+    for site in ("attn_in", "ffn_in", "ffn_out", "key"):
+        measured.keep(site, measured.errors(measured.candidates(site, {})))
+    # What attn_out rounds has gone through the value map, and o_proj reads it through the inverse: a map that does
+    # nothing for values, as where the cache is in floating point, may do much for them.
+    mixing = measured.factors("attn_out", form_of("attn_out", "affine"))
+    pairs = measured.candidates("value", {"attn_out": mixing}, ("attn_out",))
+    together = measured.errors(pairs)
+    best = min(together, key=lambda form: together[form])
+    behind = measured.errors(measured.candidates("attn_out", {"value": pairs[best].factors["value"]}))
+    measured.keep("attn_out", behind)
+    measured.keep("value", {form: error - behind[form_of("attn_out", "affine")] for form, error in together.items()})
+    return measured.found
+
+
+class _MeasuredBlock:
+    """A block, what its transforms are fitted to, and what has been measured of them."""
+
+    def __init__(self, block: Block, streams: Streams, outputs: Sequences, angles: Angles, scheme: Scheme) -> None:
+        self._block, self._streams, self._outputs = block, streams, outputs
+        self._angles, self._scheme = angles, scheme
+        self._moments = gather_moments(block, (streams.target[part] for part in streams.batches()), angles)
+        sample, first = _Sampling(block), next(iter(streams.batches()))
+        run_block(block.config, sample, streams.target[first], angles)
+        self._inputs = sample.seen
+        self._token_weights = residual_weights(outputs[first])
+        self._heads = read_heads(block, streams.target[first][:_CLIP_SEQUENCES], angles)
+        self.found = FormErrors(
+            {site: {} for site in SITES}, {site: {} for site in SITES}, {site: {} for site in SITES}
+        )
+
+    def keep(self, site: Site, errors: Mapping[Form, float]) -> None:
+        """Keep the errors of the forms of a site."""
+        for form in MEASURED_FORMS[site]:
+            error = errors.get(form, math.inf)
+            # A difference of two infinities is none.
+            self.found.errors[site][form] = error if math.isfinite(error) else math.inf
+
+    def factors(self, site: Site, form: Form) -> Factors:
+        """Return the transform of a site; raises LinAlgError or ValueError where what flows there has no such form."""
+        return closed_form_factors(self._block, self._moments, {site: form}, seed=0)[site]
+
+    def candidates(
+        self, site: Site, beside: Mapping[Site, Factors], low: Sequence[Site] = ()
+    ) -> dict[Form, "_LowSites"]:
+        """Return by form the block with `site` and those in `low` rounded, and transforms at it and those `beside`."""
+        made: dict[Form, _LowSites] = {}
         for form in MEASURED_FORMS[site]:
             try:
-                factors = closed_form_factors(block, moments, {site: form}, seed=0)[site]
-                stored = factors.stored(widths.get(site, block.config.kv_size))
+                factors = self.factors(site, form)
+                width = self._inputs[site].shape[-1] if site in self._inputs else self._block.config.kv_size
+                self.found.flops[site][form] = online_flops(site, factors.stored(width), self._block.config)
             except (LinAlgError, ValueError):
                 # What flows there has no such form: it stays out of the choice.
-                result.errors[site][form], result.flops[site][form] = math.inf, 0
+                self.found.flops[site][form] = 0
                 continue
-            hooks = _OneSite(block, site, factors, scheme)
+            made[form] = self._low_bit({site: factors, **beside}, (site, *low))
+            if site in SITE_MODULES and form in (form_of(site, "rotation"), form_of(site, "affine")):
+                self.found.rho[site][form] = rho_of(factors, self._moments.inputs[site], self._moments.weights[site])
+        return made
+
+    def _low_bit(self, factors: Mapping[Site, Factors], low: Sequence[Site]) -> "_LowSites":
+        hooks = _LowSites(self._block, factors, self._scheme)
+        for site in low:
             if site in SITE_MODULES:
-                hooks.round_linears(sample.seen[site].flatten(0, -2)[:_CLIP_ROWS], weights[:_CLIP_ROWS])
-                if form in (form_of(site, "rotation"), form_of(site, "affine")):
-                    result.rho[site][form] = rho_of(factors, moments.inputs[site], moments.weights[site])
+                rows = self._inputs[site].flatten(0, -2)[:_CLIP_ROWS]
+                hooks.round_linears(site, rows, self._token_weights[:_CLIP_ROWS])
             else:
-                bits = scheme.key_bits if site == "key" else scheme.value_bits
-                hooks.clip = search_kv_clip(site, factors, bits, heads, output, few_weights)
-            candidates[form] = hooks
-            result.flops[site][form] = online_flops(site, stored, block.config)
-        for form, error in _held_out_errors(block, site, candidates, streams, outputs, angles).items():
-            result.errors[site][form] = error if math.isfinite(error) else math.inf
-    return result
+                sequences, _, length, _ = self._heads.key.shape
+                hooks.round_cache(site, self._heads, self._token_weights[: sequences * length])
+        return hooks
 
-
-def _held_out_errors(
-    block: Block,
-    site: Site,
-    candidates: Mapping[Form, "_OneSite"],
-    streams: Streams,
-    outputs: Sequences,
-    angles: Angles,
-) -> dict[Form, float]:
-    """Return the error of every form at a site; what lies in front of the site is run once for all of them."""
-    config, exact = block.config, FloatHooks(block)
-    # Keys and values are made of what comes to attn_in.
-    order = list(SITE_MODULES)
-    place = order.index(site) if site in SITE_MODULES else order.index("attn_in")
-    lost, tokens = dict.fromkeys(candidates, 0.0), 0
-    for part in streams.batches(held_out=True):
-        y, flow = outputs[part], enter_block(config, exact, streams.target[part])
-        for before in order[:place]:
-            flow = run_site(config, exact, before, flow, angles)
-        for form, hooks in candidates.items():
-            low = flow
-            for behind in order[place:]:
-                low = run_site(config, hooks, behind, low, angles)
-            error = (low.residual - y).square().sum(-1) / y.square().sum(-1).clamp_min(1e-12)
-            lost[form] += float(error.sum())
-        tokens += y.shape[0] * y.shape[1]
-    return {form: each / tokens for form, each in lost.items()}
+    def errors(self, candidates: Mapping[Form, "_LowSites"]) -> dict[Form, float]:
+        """Return the error of every form; what lies in front of the low-bit sites is run once for all of them."""
+        config, exact, order = self._block.config, FloatHooks(self._block), list(SITE_MODULES)
+        place = min(hooks.place for hooks in candidates.values())
+        lost, tokens = dict.fromkeys(candidates, 0.0), 0
+        for part in self._streams.batches(held_out=True):
+            y, flow = self._outputs[part], enter_block(config, exact, self._streams.target[part])
+            for before in order[:place]:
+                flow = run_site(config, exact, before, flow, self._angles)
+            for form, hooks in candidates.items():
+                low = flow
+                for behind in order[place:]:
+                    low = run_site(config, hooks, behind, low, self._angles)
+                error = (low.residual - y).square().sum(-1) / y.square().sum(-1).clamp_min(1e-12)
+                lost[form] += float(error.sum())
+            tokens += y.shape[0] * y.shape[1]
+        return {form: each / tokens if math.isfinite(each) else math.inf for form, each in lost.items()}
 
 
 class _Sampling(FloatHooks):
@@ -159,30 +190,43 @@ class _Sampling(FloatHooks):
         return x
 
 
-class _OneSite(FloatHooks):
-    """The float block with one site on the grids of a scheme, weights rounded to nearest."""
+class _LowSites(FloatHooks):
+    """The float block with some sites on the grids of a scheme, weights rounded to nearest, and transforms at some."""
 
-    def __init__(self, block: Block, site: Site, factors: Factors, scheme: Scheme) -> None:
+    def __init__(self, block: Block, factors: Mapping[Site, Factors], scheme: Scheme) -> None:
         super().__init__(block)
-        self._site, self._factors, self._scheme = site, factors, scheme
+        self.factors = factors
+        self._scheme = scheme
         # As codes: the forms of a site wait for one another.
         self._weights: dict[str, QuantizedWeight] = {}
-        self.clip = 1.0
+        self._clips: dict[Site, float] = {}
 
-    def round_linears(self, rows: Tensor, token_weights: Tensor) -> None:
-        """Round the linears of the site, and find its clip on `rows` [tokens, n]."""
-        form = self._scheme.at(self._site)
-        for module in SITE_MODULES[self._site]:
-            mapped = self._factors.apply_to_weight(self._block.weight(module).double()).float()
+    @property
+    def place(self) -> int:
+        """The index of the first site of linears that is not as the checkpoint has it."""
+        # Keys and values are made of what comes to attn_in.
+        return min(list(SITE_MODULES).index(site if site in SITE_MODULES else "attn_in") for site in self._clips)
+
+    def round_linears(self, site: Site, rows: Tensor, token_weights: Tensor) -> None:
+        """Round the linears of a site, and find its clip on `rows` [tokens, n]."""
+        form, factors = self._scheme.at(site), reading_factors(self._block, self.factors, site)
+        for module in SITE_MODULES[site]:
+            mapped = factors.apply_to_weight(self._block.weight(module).double()).float()
             self._weights[module] = quantize_weight(mapped, form)
-        stacked = torch.cat([dequantize_weight(weight) for weight in self._weights.values()])
-        self.clip = search_clip(self._factors.apply(rows), stacked, form, token_weights)
+        stacked = torch.cat([dequantize_weight(self._weights[module]) for module in SITE_MODULES[site]])
+        self._clips[site] = search_clip(factors.apply(rows), stacked, form, token_weights)
+
+    def round_cache(self, site: Site, heads: Heads, token_weights: Tensor) -> None:
+        """Round keys or values, and find the clip on those of the float block."""
+        output = self._block.weight("self_attn.o_proj")
+        self._clips[site] = search_kv_clip(site, self.factors[site], self._bits(site), heads, output, token_weights)
 
     def site(self, site: Site, x: Tensor) -> Tensor:
-        """Transform and round at the one site."""
-        if site != self._site:
+        """Transform and round at a site that is low-bit."""
+        if site not in self._clips:
             return x
-        return round_activation(self._factors.apply(x), self._scheme.at(site).activation_bits, self.clip)
+        mapped = reading_factors(self._block, self.factors, site).apply(x)
+        return round_activation(mapped, self._scheme.at(site).activation_bits, self._clips[site])
 
     def linear(self, module: str, x: Tensor) -> Tensor:
         """Return the output of a linear, rounded or not."""
@@ -192,12 +236,13 @@ class _OneSite(FloatHooks):
         return torch.nn.functional.linear(x, weight, self._block.tensors.get(f"{module}.bias"))
 
     def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Round keys or values if they are the one site, in the space of their map and back."""
-        if self._site == "key":
-            key = self._stored(key, self._scheme.key_bits)
-        if self._site == "value":
-            value = self._stored(value, self._scheme.value_bits)
-        return query, key, value
+        """Round keys or values that are low-bit, in the space of their map and back."""
+        return query, self._stored("key", key), self._stored("value", value)
 
-    def _stored(self, x: Tensor, bits: int) -> Tensor:
-        return round_mapped(x, self._factors.right, bits, self.clip)
+    def _stored(self, site: Site, x: Tensor) -> Tensor:
+        if site not in self._clips or self._bits(site) == FLOAT_BITS:
+            return x
+        return round_mapped(x, self.factors[site].right, self._bits(site), self._clips[site])
+
+    def _bits(self, site: Site) -> int:
+        return self._scheme.key_bits if site == "key" else self._scheme.value_bits

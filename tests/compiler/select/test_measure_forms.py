@@ -10,7 +10,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from planish.compiler.checkpoint import Checkpoint, open_checkpoint
+from planish.compiler.learn.block import Angles, read_block
 from planish.compiler.learn.stream_files import StreamFiles
+from planish.compiler.learn.transforms.candidates import Form
+from planish.compiler.learn.transforms.fold import reading_factors
+from planish.compiler.learn.transforms.site_factors import closed_form_factors
+from planish.compiler.learn.transforms.site_moments import gather_moments
 from planish.compiler.progress import Silent
 from planish.compiler.quantize.arithmetic import dequantize_weight, quantize_activation, quantize_weight
 from planish.compiler.select import measure_forms as module
@@ -60,6 +65,32 @@ def test_without_transform_it_is_the_error_of_transformers(tiny: Path, checkpoin
         rounded = model(held_out, output_hidden_states=True).hidden_states[1]
     expected = ((rounded - exact).square().sum(-1) / exact.square().sum(-1)).mean()
     assert first.errors["ffn_in"]["identity"] == pytest.approx(float(expected), rel=0.02)
+
+
+@pytest.mark.parametrize("form", ["identity", "rotation", "dense"])
+def test_a_value_map_counts_by_what_it_does_to_o_proj(
+    form: Form, tiny: Path, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    scheme = Scheme.parse("w3a16")
+    (first, _) = measure_forms(checkpoint, scheme, IDS, tmp_path, Silent())
+    block, ids = read_block(checkpoint, 0), torch.from_numpy(IDS)
+    model = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    with torch.no_grad():
+        inputs = model(ids[:7], output_hidden_states=True).hidden_states[0]
+        moments = gather_moments(block, [inputs], Angles.of(checkpoint.config, IDS.shape[1]))
+        factors = closed_form_factors(block, moments, {"value": form, "attn_out": "rotation"}, seed=0)
+        # Rows of the identity through the head mixing behind the value map: the matrix that o_proj reads through.
+        p = reading_factors(block, factors, "attn_out").apply(torch.eye(checkpoint.config.q_size).double())
+        exact = model(ids[7:], output_hidden_states=True).hidden_states[1]
+        output = model.model.layers[0].self_attn.o_proj.weight
+        mapped = output.double() @ torch.linalg.inv(p).T
+        rounded = dequantize_weight(quantize_weight(mapped.float(), LinearFormat(3, 16)))
+        output.copy_(rounded.double() @ p.T)
+        found = model(ids[7:], output_hidden_states=True).hidden_states[1]
+    expected = ((found - exact).square().sum(-1) / exact.square().sum(-1)).mean()
+    together = first.errors["attn_out"]["rotation"] + first.errors["value"][form]
+    assert together == pytest.approx(float(expected), rel=1e-3)
+    assert min(first.errors["value"].values()) == 0
 
 
 def on_grid(x: torch.Tensor) -> torch.Tensor:

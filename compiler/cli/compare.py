@@ -50,12 +50,17 @@ def run_compare(
 
     if not text and not dataset:
         raise typer.BadParameter("give --text or --dataset", param_hint="--text")
+    names = options.task_names(tasks)
+    if not names:
+        options.check_without("--tasks", task_data=task_data, limit=limit, answers=answers)
+    if not kl:
+        options.check_without("--kl", against=against)
     options.check_run(target, provider)
     if plot is not None and plot.suffix not in FORMATS:
         raise typer.BadParameter(f"{plot} ends in none of {', '.join(FORMATS)}", param_hint="--plot")
     if report is not None and report.suffix != ".html":
         raise typer.BadParameter(f"{report} does not end in .html", param_hint="--report")
-    out, names = Output(json), options.task_names(tasks)
+    out = Output(json)
     with progress_for(sys.stderr) as progress:
         read = [*map(text_file, text or ()), *(hub_text(name, progress) for name in dataset or ())]
         found = compare_models(

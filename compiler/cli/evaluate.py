@@ -47,6 +47,10 @@ def run_eval(
     if text is None and dataset is None and (not names or kl or against is not None):
         wanted = "divergence is measured on --text or --dataset" if names else "give --text or --dataset, or --tasks"
         raise typer.BadParameter(wanted, param_hint="--text")
+    if text is None and dataset is None:
+        options.check_without("--text or --dataset", seqlen=seqlen, windows=windows)
+    if not names:
+        options.check_without("--tasks", task_data=task_data, limit=limit, answers=answers)
     options.check_run(target, provider)
     out, found = Output(json), None
     scores: dict[str, TaskScores] = {}

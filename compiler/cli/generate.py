@@ -21,7 +21,9 @@ def run_generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put PROMPT into the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.001, max=1.0, help="Draw from this share of probability.")] = 1.0,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.001, max=1.0, help="Draw from this share of probability. [1]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the draws; the same seed, the same text.")] = None,
     target: options.TargetOption = None,
     provider: options.ProviderOption = Provider.CPU,
@@ -29,10 +31,12 @@ def run_generate(
     json: JsonFlag = False,
 ) -> None:
     """Generate text, greedy unless a temperature is given."""
+    if temperature == 0:
+        options.check_without("--temperature", top_p=top_p, seed=seed is not None)
     options.check_run(target, provider)
     out, opened = Output(json), Bundle.open(bundle)
     opened.load(target, threads, provider)
-    sampling = Sampling(temperature, top_p, seed)
+    sampling = Sampling(temperature, 1.0 if top_p is None else top_p, seed)
     pieces, started = [], time.perf_counter()
     written = opened.generate(
         prompt,

@@ -26,6 +26,7 @@ __all__ = [
     "ThreadsOption",
     "WindowsOption",
     "check_run",
+    "check_without",
     "open_text",
     "task_names",
 ]
@@ -81,6 +82,22 @@ def check_run(target: str | None, provider: Provider) -> None:
         raise typer.BadParameter(
             f"an engine runs on the GPU by itself: leave it out beside --target {target}", param_hint="--provider"
         )
+
+
+def check_without(missing: str, **given: object) -> None:
+    """Check that no option is given that has no effect without the one that is missing.
+
+    Args:
+        missing: the option that is not there, such as --tasks.
+        given: the others by their names as parameters; None, False and empty ones are not given.
+
+    Raises:
+        BadParameter: naming the first that is given.
+    """
+    for name, value in given.items():
+        if value:
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"it does nothing without {missing}: leave it out", param_hint=option)
 
 
 def open_text(text: Path | None, name: str | None, progress: "Progress") -> "Text | None":

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from planish.compiler.cli import measured_on as options
 from planish.compiler.cli.app import JsonFlag, Output, plain_table
 
 if TYPE_CHECKING:
     from planish.compiler.select.study import SelectionStudy
 
 __all__ = ["study_app"]
+
+#: Of the text that policies are compared on.
+_WINDOWS = 20
 
 study_app = typer.Typer(
     help="Measure what a choice of the compiler is worth on a model.", no_args_is_help=True, rich_markup_mode=None
@@ -46,16 +50,24 @@ def run_study_selection(
     polish: Annotated[int | None, typer.Option(min=0, help="Epochs of polishing each bundle; see compile.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Include the policy search, which learns. Long.")] = False,
     device: Annotated[str | None, typer.Option(help="What measures and learns: cpu, cuda, or cuda:N. [cpu]")] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of the text, as long as calibration sequences.")] = 20,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows of the text, as long as calibration sequences. [20]")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Compare the selection policies, and say whether the kurtosis rule holds on this model."""
+    from planish.compiler.measure.texts import read_text
     from planish.compiler.pipeline.recipe import Recipe
     from planish.compiler.pipeline.study import measure_perplexities, study_checkpoint
     from planish.compiler.progress import progress_for
 
     if perplexity is not None and output is None:
         raise typer.BadParameter("--perplexity keeps a bundle for every policy: give --output", param_hint="--output")
+    if perplexity is None:
+        options.check_without("--perplexity", windows=windows, polish=polish is not None)
+    else:
+        # What is wrong with it is said before hours of work.
+        read_text(perplexity)
     out = Output(json)
     recipe = Recipe.read(
         model=model,
@@ -73,7 +85,7 @@ def run_study_selection(
         folder = output or Path(scratch)
         found, perplexities = study_checkpoint(recipe, folder, progress, search), {}
         if perplexity is not None:
-            perplexities = measure_perplexities(recipe, found, perplexity, windows, folder, progress)
+            perplexities = measure_perplexities(recipe, found, perplexity, windows or _WINDOWS, folder, progress)
     _show(out, found, perplexities)
     out.result({**found.to_dict(), "perplexity": perplexities})
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.checkpoint.first_layers import open_first_layers
+from planish.compiler.errors import SelectionError
 from planish.compiler.learn.device import open_device
 from planish.compiler.pipeline.compilation import Compilation
 from planish.compiler.pipeline.estimate import Work, estimate
@@ -150,7 +151,31 @@ def compile_model(
         plugins=plugins,
         tensorrt_version=tensorrt_version,
     )
+    _check_flattening_settings(
+        settings,
+        round=round,
+        dataset=dataset,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seed=seed,
+        refine=refine,
+        polish=polish,
+        device=device,
+        verify_passes=verify_passes,
+    )
     return compile_recipe(settings, Path(out), progress or Silent())
+
+
+def _check_flattening_settings(recipe: Recipe, **given: Any) -> None:
+    """Check that settings of flattening are given only where something is flattened, or raise `SelectionError`."""
+    if recipe.parsed_policy().name != "none":
+        return
+    for name, value in given.items():
+        if value is not None:
+            raise SelectionError(
+                f"'{name}' is a setting of flattening, and nothing is flattened here: not under --select none, and no "
+                "linears in floating point. Leave it out, or choose another policy or scheme."
+            )
 
 
 def compile_recipe(recipe: Recipe, out: Path, progress: Progress) -> Bundle:

@@ -82,6 +82,67 @@ def test_settings_of_engines_without_one(
     assert (built.code, "is a setting of engines" in built.err) == (19, True), built.err
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--dataset", "self"),
+        ("--nsamples", 16),
+        ("--seqlen", 32),
+        ("--seed", 0),
+        ("--round", "nearest"),
+        ("--refine", 0),
+        ("--polish", 0),
+        ("--device", "cpu"),
+        ("--no-verify-passes",),
+    ],
+)
+@pytest.mark.parametrize("flat", [("w4a4", "--select", "none"), ("w16a16k4v4",)])
+def test_settings_of_flattening_where_nothing_is_flattened(
+    run: Run, tiny: Path, tmp_path: Path, flat: tuple[str, ...], option: tuple[object, ...]
+) -> None:
+    refused = run("compile", tiny, "--scheme", *flat, *option, "-o", tmp_path / "out")
+    assert (refused.code, "is a setting of flattening" in refused.err) == (25, True), refused.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_serves_without_its_flattening_too(run: Run, tiny: Path, text: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {tiny}\nscheme: w4a4\ndataset: {text}\nnsamples: 4\nselect: fixed:affine\n")
+    made = run("compile", "--recipe", recipe, "--select", "none", "-o", tmp_path / "out")
+    assert made.code == 0, made.err
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "missing"),
+    [
+        (["eval", "--text"], ["--limit", 5], "--tasks"),
+        (["eval", "--text"], ["--answers", "kept"], "--tasks"),
+        (["eval", "--text"], ["--task-data", "kept"], "--tasks"),
+        (["eval", "--tasks", "piqa"], ["--windows", 5], "--text or --dataset"),
+        (["eval", "--tasks", "piqa"], ["--seqlen", 64], "--text or --dataset"),
+        (["compare", "--text"], ["--limit", 5], "--tasks"),
+        (["compare", "--text"], ["--no-kl", "--against", "smollm2"], "--kl"),
+        (["generate"], ["--top-p", 0.9], "--temperature"),
+        (["generate"], ["--seed", 0], "--temperature"),
+        (["study", "selection", "--scheme", "w4a4"], ["--windows", 5], "--perplexity"),
+        (["study", "selection", "--scheme", "w4a4"], ["--polish", 0], "--perplexity"),
+    ],
+)
+def test_options_that_would_do_nothing(
+    run: Run, bundle: Bundle, text: Path, command: list[str], option: list[object], missing: str
+) -> None:
+    read = [text] if command[-1] == "--text" else []
+    others = {"compare": [bundle.path], "generate": ["a prompt"]}.get(command[0], [])
+    refused = run(*command, *read, bundle.path, *others, *option)
+    assert (refused.code, f"does nothing without {missing}" in " ".join(refused.err.split())) == (2, True), refused.err
+
+
+def test_a_study_looks_at_the_text_first(run: Run, tiny: Path, tmp_path: Path) -> None:
+    asked = ("--perplexity", tmp_path / "nothing.txt", "-o", tmp_path / "out")
+    refused = run("study", "selection", tiny, "--scheme", "w4a4", *asked)
+    assert (refused.code, "nothing.txt" in refused.err, (tmp_path / "out").exists()) == (20, True, False), refused.err
+
+
 def test_a_context_beyond_the_model(run: Run, tiny: Path, bundle: Bundle, tmp_path: Path) -> None:
     compiled = run(
         "compile", tiny, "--scheme", "w4a4", "--select", "none", "--max-context", 257, "-o", tmp_path / "out"

@@ -265,9 +265,9 @@ def test_work_of_another_command_is_kept(
 ) -> None:
     out = tmp_path / "out"
     compile_until_verified(tiny, out, monkeypatch)
-    message = f"unfinished work .* scheme {SCHEME}, not w3a8k8v8; seed 0, not 1"
+    message = f"unfinished work .* scheme {SCHEME}, not w3a8k8v8; num_layers None, not 1"
     with pytest.raises(OutputFolderError, match=message):
-        compile_model(tiny, out, scheme="w3a8k8v8", select="none", seed=1)
+        compile_model(tiny, out, scheme="w3a8k8v8", select="none", num_layers=1)
     heard = Heard()
     assert model_hashes(compile_model(tiny, out, scheme=SCHEME, select="none", progress=heard)) == model_hashes(bundle)
     assert "resuming" in heard

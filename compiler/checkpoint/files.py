@@ -10,10 +10,12 @@ from typing import Any
 
 from planish.compiler.errors import CheckpointError
 
-__all__ = ["copy_file", "fingerprint_files", "read_json", "write_json", "write_text"]
+__all__ = ["copy_file", "fingerprint_files", "read_json", "remedy_for", "write_json", "write_text"]
 
 #: A fingerprint reads files up to this size whole, and of larger ones a window every stride (all in bytes).
 _WHOLE, _WINDOW, _STRIDE = 256 << 20, 64 << 10, 4 << 20
+#: How the small text begins that a clone has in the place of a large file until `git lfs pull`.
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,6 +33,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object. Download it again.")
     return content
+
+
+def remedy_for(path: Path) -> str:
+    """Return what to do about a file that is not what its name says."""
+    with path.open("rb") as file:
+        pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    return f"It is a Git LFS pointer: run git lfs pull in {path.parent}." if pointer else "Download it again."
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planish.compiler.checkpoint.base import Checkpoint
-from planish.compiler.checkpoint.files import fingerprint_files, write_json, write_text
+from planish.compiler.checkpoint.files import fingerprint_files, remedy_for, write_json, write_text
 from planish.compiler.checkpoint.gguf_config import hf_config
 from planish.compiler.checkpoint.gguf_tokenizer import build_tokenizer, tokenizer_config
 from planish.compiler.checkpoint.tensors import check_tensors
@@ -138,7 +138,12 @@ def _open_reader(path: Path) -> Any:
     try:
         reader = gguf.GGUFReader(path)
     except Exception as error:  # a file cut anywhere fails in as many ways
-        raise CheckpointError(f"{path} is truncated or not a GGUF file ({error}). Download it again.") from error
+        raise CheckpointError(f"{path} is truncated or not a GGUF file ({error}). {remedy_for(path)}") from error
+    parts = reader.get_field("split.count")
+    if parts is not None and parts.contents() > 1:
+        raise UnsupportedModelError(
+            f"{path} is one of {parts.contents()} parts. Join them with llama-gguf-split --merge."
+        )
     if reader.endianess is not gguf.GGUFEndian.LITTLE:
         raise UnsupportedModelError(f"{path} is big-endian. Convert it with gguf-convert-endian.")
     end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from planish.compiler.checkpoint.files import remedy_for
 from planish.compiler.errors import CheckpointError, UnsupportedModelError
 
 __all__ = ["SafetensorsFile", "StoredTensor"]
@@ -111,7 +112,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             if length >= _MAX_HEADER or 8 + length > size:
                 raise CheckpointError(
                     f"{path} is truncated or not a safetensors file: its header does not fit into its "
-                    f"{size} bytes. Download it again."
+                    f"{size} bytes. {remedy_for(path)}"
                 )
             header = json.loads(file.read(length))
     except OSError as error:

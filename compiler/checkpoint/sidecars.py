@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from planish.compiler.checkpoint.config import LlamaConfig
-from planish.compiler.checkpoint.files import copy_file, read_json
+from planish.compiler.checkpoint.files import copy_file, read_json, remedy_for
 from planish.compiler.errors import CheckpointError, TokenizerError
 from planish.compiler.optional import require
 
@@ -50,7 +50,7 @@ def check_tokenizer_files(folder: Path) -> None:
     try:
         Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers package raises bare Exception
-        raise TokenizerError(f"{path} cannot be read ({error}). Download it again.") from error
+        raise TokenizerError(f"{path} cannot be read ({error}). {remedy_for(path)}") from error
 
 
 def copy_sidecars(source: Path, target: Path) -> None:

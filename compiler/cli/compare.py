@@ -60,6 +60,9 @@ def run_compare(
         raise typer.BadParameter(f"{plot} ends in none of {', '.join(FORMATS)}", param_hint="--plot")
     if report is not None and report.suffix != ".html":
         raise typer.BadParameter(f"{report} does not end in .html", param_hint="--report")
+    for option, path in (("--plot", plot), ("--report", report)):
+        if path is not None and not path.parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=option)
     out = Output(json)
     with progress_for(sys.stderr) as progress:
         read = [*map(text_file, text or ()), *(hub_text(name, progress) for name in dataset or ())]

@@ -127,7 +127,10 @@ class Tokenizer:
     def _template(self) -> str:
         path = self._folder / "chat_template.jinja"
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            try:
+                return path.read_text(encoding="utf-8")
+            except ValueError as error:
+                raise TokenizerError(f"{path} is not UTF-8 ({error}). Copy it from the model again.") from error
         template = self._config().get("chat_template")
         if isinstance(template, list):
             # Older tokenizers name several templates; the one called default is for conversation.

@@ -137,6 +137,22 @@ def test_options_that_would_do_nothing(
     assert (refused.code, f"does nothing without {missing}" in " ".join(refused.err.split())) == (2, True), refused.err
 
 
+@pytest.mark.parametrize("option", ["--plot", "--report"])
+def test_a_comparison_looks_where_it_shall_write(
+    run: Run, bundle: Bundle, text: Path, tmp_path: Path, option: str
+) -> None:
+    refused = run(
+        "compare",
+        bundle.path,
+        bundle.path,
+        "--text",
+        text,
+        option,
+        tmp_path / "none" / ("page.html" if option == "--report" else "plot.svg"),
+    )
+    assert (refused.code, option in refused.err) == (2, True), refused.err
+
+
 def test_a_study_looks_at_the_text_first(run: Run, tiny: Path, tmp_path: Path) -> None:
     asked = ("--perplexity", tmp_path / "nothing.txt", "-o", tmp_path / "out")
     refused = run("study", "selection", tiny, "--scheme", "w4a4", *asked)

@@ -157,6 +157,7 @@ def other_type(tensors: dict[str, torch.Tensor]) -> None:
     tensors[Q_PROJ] = tensors[Q_PROJ].to(torch.float64)
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 269060552\n"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], type[PlanishError], str]] = {
     "no_config": (lambda f: (f / "config.json").unlink(), CheckpointError, "config.json does not exist"),
     "config_cut": (
@@ -172,6 +173,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], type[PlanishError], str]] = {
     ),
     "header_cut": (lambda f: cut(f / WEIGHTS, 1000), CheckpointError, "header does not fit"),
     "empty": (lambda f: cut(f / WEIGHTS, 0), CheckpointError, "header does not fit"),
+    "pointer": (lambda f: (f / WEIGHTS).write_text(LFS_POINTER), CheckpointError, "run git lfs pull in "),
     "no_json": (
         lambda f: (f / WEIGHTS).write_bytes(struct.pack("<Q", 4) + b"abcd" + bytes(9)),
         CheckpointError,
@@ -337,7 +339,10 @@ def test_no_tokenizer(folder: Path, tmp_path: Path) -> None:
 
 def test_damaged_tokenizer(folder: Path) -> None:
     cut(folder / "tokenizer.json", 300)
-    with pytest.raises(TokenizerError, match=r"tokenizer.json cannot be read"):
+    with pytest.raises(TokenizerError, match=r"tokenizer.json cannot be read .* Download it again"):
+        open_checkpoint(folder).check_tokenizer()
+    (folder / "tokenizer.json").write_text(LFS_POINTER)
+    with pytest.raises(TokenizerError, match=r"tokenizer.json cannot be read .* run git lfs pull in "):
         open_checkpoint(folder).check_tokenizer()
 
 

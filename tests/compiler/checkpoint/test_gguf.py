@@ -227,6 +227,12 @@ def test_truncated(share: float, tiny: Checkpoint, tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
+def test_a_pointer_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 144811072\n")
+    with pytest.raises(CheckpointError, match="run git lfs pull in "):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
 def test_other_architecture(tiny: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="'qwen2'"):
         open_checkpoint(write_gguf(tmp_path / "m.gguf", tiny, arch="qwen2"))
@@ -240,6 +246,7 @@ def test_other_architecture(tiny: Checkpoint, tmp_path: Path) -> None:
         ({"llama__rope__dimension_count": 8}, r"partial_rotary_factor 0\.5"),
         ({"llama__attention__value_length": 8}, "different width"),
         ({"llama__attention__head_count_kv": [2, 1]}, "head count per layer"),
+        ({"split__count": 3}, "is one of 3 parts. Join them with llama-gguf-split"),
     ],
 )
 def test_unsupported_metadata(metadata: dict[str, Any], message: str, tiny: Checkpoint, tmp_path: Path) -> None:

@@ -94,6 +94,12 @@ def test_no_template(folder: Path) -> None:
         Tokenizer(folder).chat(MESSAGES)
 
 
+def test_template_that_is_not_utf8(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(TokenizerError, match="is not UTF-8"):
+        Tokenizer(folder).chat(MESSAGES)
+
+
 def test_missing_or_damaged_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match="cannot be read"):

@@ -101,6 +101,7 @@ class Setting:
         self._texts = {
             text: windows_of(self.checkpoint, text, arguments.seqlen, arguments.windows) for text in arguments.text
         }
+        self._expected = {text: float_blocks(self.checkpoint, windows) for text, windows in self._texts.items()}
         self._policy = SelectionPolicy.parse(arguments.select)
         self._bits, self._epochs = arguments.hic_bits, arguments.polish
         self._work, self._progress = arguments.work, progress
@@ -193,7 +194,7 @@ class Setting:
         for text, windows in self._texts.items():
             with fast_products():
                 hidden = torch.cat([model.outputs(window[None]) for window in windows])
-                divergence = head.mean_divergence(hidden, float_blocks(self.checkpoint, windows))
+                divergence = head.mean_divergence(hidden, self._expected[text])
             perplexity = perplexity_of(self.checkpoint, scheme, windows, hidden)
             scores[text] = {"perplexity": perplexity, "divergence": divergence}
         return scores

@@ -24,6 +24,7 @@ def run_doctor(
     avg_bits: Annotated[
         float | None, typer.Option(help="With --for, bits per weight that high-impact channels may use up.")
     ] = None,
+    refine: Annotated[int | None, typer.Option(min=0, help="With --for, epochs of refining transforms. [0]")] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Say what a compile of this recipe.yaml takes; flags win over it.")
     ] = None,
@@ -50,7 +51,7 @@ def run_doctor(
     for sentence in found["advice"]:
         out.line(f"- {sentence}")
     if model is not None or recipe is not None:
-        given = {"model": model, "scheme": scheme, "select": select, "avg_bits": avg_bits}
+        given = {"model": model, "scheme": scheme, "select": select, "avg_bits": avg_bits, "refine": refine}
         found["forecast"] = _forecast(recipe, {**given, "targets": tuple(target) if target else None}, out)
     out.result(found)
 

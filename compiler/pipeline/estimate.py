@@ -28,7 +28,9 @@ _ROUNDED_RECORDS, _FLAT_RECORDS = (34_000, 4_600), (315_000, 24_000)
 #: How many times the bytes of its ONNX file an engine takes, with kernels for three generations of GPUs.
 _ENGINE = 1.1
 #: Work in passes of the calibration text through the linears, measured on SmolLM2 with 16 x 512 tokens.
-_PASSES_TO_MEASURE, _PASSES_TO_FLATTEN, _PASSES_TO_POLISH, _PASSES_TO_WRITE = 20.0, 14.5, 5.4, 4.0
+_PASSES_TO_FLATTEN, _PASSES_TO_REFINE, _PASSES_TO_POLISH, _PASSES_TO_WRITE = 14.5, 10.0, 5.4, 4.0
+#: The same to choose transforms, by policy; the others take none.
+_PASSES_TO_CHOOSE = {"measured": 20.0, "auto": 20.0, "search": 110.0}
 #: The same to fit transforms that high-impact channels are chosen behind; and in passes of the sequences that these are
 #: chosen on, to find how much depends on each channel, and what numbers of them cost.
 _PASSES_TO_FIT, _PASSES_TO_RANK, _PASSES_TO_SOLVE = 5.0, 9.2, 68.0
@@ -48,6 +50,7 @@ class Work:
         policy: how transforms are chosen.
         nsamples: calibration sequences.
         seqlen: tokens in each.
+        refine: epochs of refining each block.
         polish: epochs of polishing.
         writes_text: whether the model writes its calibration text itself.
         targets: what is lowered to.
@@ -57,6 +60,7 @@ class Work:
     policy: SelectionPolicy
     nsamples: int
     seqlen: int
+    refine: int
     polish: int
     writes_text: bool
     targets: tuple[Target, ...]
@@ -76,6 +80,7 @@ class Work:
             recipe.parsed_policy(),
             calibration.nsamples,
             calibration.seqlen,
+            recipe.refine,
             polish,
             calibration.dataset == SELF,
             recipe.targets,
@@ -231,9 +236,8 @@ def _memory(config: LlamaConfig, work: Work, stored: int) -> int:
 def _flops(config: LlamaConfig, work: Work) -> float:
     if work.policy.name == "none":
         return 0.0
-    measures = work.policy.name in ("measured", "auto")
-    passes = _PASSES_TO_FLATTEN + _PASSES_TO_POLISH * work.polish
-    passes += (_PASSES_TO_MEASURE if measures else 0) + (_PASSES_TO_WRITE if work.writes_text else 0)
+    passes = _PASSES_TO_FLATTEN + _PASSES_TO_REFINE * work.refine + _PASSES_TO_POLISH * work.polish
+    passes += _PASSES_TO_CHOOSE.get(work.policy.name, 0.0) + (_PASSES_TO_WRITE if work.writes_text else 0)
     sequences = passes * work.nsamples
     if work.high is not None:
         ranked = _PASSES_TO_RANK + (_PASSES_TO_SOLVE if work.high.name == "solved" else 0)

@@ -65,8 +65,9 @@ def on_disk(bundle: Bundle) -> dict[str, int]:
 )
 def test_sizes_are_those_of_a_bundle(scheme: str, lm_head: str | None, select: str, text: Path, tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "model", **WIDE, tie_word_embeddings=lm_head is not None, attention_bias=True)
-    settings: dict[str, Any] = {"scheme": scheme, "lm_head": lm_head, "select": select, "polish": 0}
-    settings |= {"dataset": str(text), "nsamples": 4, "seqlen": 32, "verify_passes": False}
+    settings: dict[str, Any] = {"scheme": scheme, "lm_head": lm_head, "select": select}
+    if select != "none":
+        settings |= {"polish": 0, "dataset": str(text), "nsamples": 4, "seqlen": 32, "verify_passes": False}
     made = compile_model(model, tmp_path / "out", **settings)
     estimated, found = of_recipe(made, Recipe.read(model=str(model), **settings)), on_disk(made)
     for part in ("portable", "ort", "bundle", *(["transforms"] if select != "none" else [])):
@@ -133,6 +134,8 @@ def test_more_work_takes_longer() -> None:
     fixed = of()
     assert of(select="none").seconds(1e12) < fixed.seconds(1e12) < of(select="auto").seconds(1e12)
     assert fixed.seconds(1e12) < of(polish=1).seconds(1e12) < of(polish=4).seconds(1e12)
+    assert fixed.seconds(1e12) < of(refine=1).seconds(1e12) < of(refine=5).seconds(1e12)
+    assert of(select="auto").seconds(1e12) < of(select="search").seconds(1e12)
     assert of(nsamples=32).flops == 2 * fixed.flops
     assert of(polish=4).memory > fixed.memory
     assert of(polish=4).disk > fixed.disk

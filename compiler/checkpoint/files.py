@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from planish.compiler.errors import CheckpointError
@@ -61,12 +62,16 @@ def copy_file(source: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
-def fingerprint_files(paths: Iterable[Path]) -> str:
+def fingerprint_files(paths: Iterable[Path], starts: Mapping[Path, Collection[int]] = MappingProxyType({})) -> str:
     """Return a sha256 (hex) over the names, sizes and contents of files; their folder does not count.
 
-    Files up to 256 MiB count whole, so any change is seen. Of a larger file the first and last 64 KiB count,
-    and 64 KiB every 4 MiB: training, merging or replacing weights is seen, a hand edit of single values may
-    not be.
+    Files up to 256 MiB count whole, so any change is seen. Of a larger file the first and last 64 KiB count, 64 KiB
+    every 4 MiB, and as many from where its tensors start: training, merging or replacing the weights of any tensor is
+    seen, a hand edit of single values may not be.
+
+    Args:
+        paths: the files.
+        starts: where the tensors of some of them start, in bytes.
     """
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
@@ -77,7 +82,7 @@ def fingerprint_files(paths: Iterable[Path]) -> str:
                 while block := file.read(1 << 20):
                     digest.update(block)
             else:
-                for start in (*range(0, size - _WINDOW, _STRIDE), size - _WINDOW):
+                for start in sorted({*range(0, size - _WINDOW, _STRIDE), size - _WINDOW, *starts.get(path, ())}):
                     file.seek(start)
                     digest.update(file.read(_WINDOW))
     return digest.hexdigest()

@@ -56,7 +56,10 @@ class FolderCheckpoint(Checkpoint):
 
     def fingerprint(self) -> str:
         """Return a sha256 over weights, configuration and tokenizer; see `fingerprint_files`."""
-        return fingerprint_files([*self._files, *sidecar_files(self._folder)])
+        starts: dict[Path, list[int]] = {}
+        for tensor in self._stored.values():
+            starts.setdefault(tensor.path, []).append(tensor.offset)
+        return fingerprint_files([*self._files, *sidecar_files(self._folder)], starts)
 
     def check_tokenizer(self) -> None:
         """Check that the folder holds a tokenizer."""

@@ -76,7 +76,7 @@ class GgufCheckpoint(Checkpoint):
 
     def fingerprint(self) -> str:
         """Return a sha256 over the file, which holds everything; see `fingerprint_files` for what it sees."""
-        return fingerprint_files([self._path])
+        return fingerprint_files([self._path], {self._path: [stored.offset for stored in self._stored.values()]})
 
     @cached_property
     def _tokenizer_json(self) -> str:
@@ -109,11 +109,11 @@ class _Stored:
     def __init__(self, tensor: Any) -> None:
         self.kind = tensor.tensor_type
         self.shape = tuple(int(n) for n in reversed(tensor.shape))
-        self._offset, self._size = int(tensor.data_offset), int(tensor.n_bytes)
+        self.offset, self._size = int(tensor.data_offset), int(tensor.n_bytes)
 
     def read(self, path: Path) -> npt.NDArray[np.float32]:
         """Read and dequantise the tensor."""
-        data = np.fromfile(path, np.uint8, self._size, offset=self._offset)
+        data = np.fromfile(path, np.uint8, self._size, offset=self.offset)
         if data.size != self._size:
             raise CheckpointError(f"{path} became shorter while it was read. Start again when it is complete.")
         plain = {"F32": np.float32, "F16": np.float16}.get(self.kind.name)
@@ -155,7 +155,7 @@ def _open_reader(path: Path) -> Any:
 def _hf_name(name: str) -> str:
     """Return transformers' name for a GGUF tensor; names without a counterpart are kept."""
     head, _, kind = name.rpartition(".")
-    if head.startswith("blk."):
+    if head.startswith("blk.") and head.count(".") >= 2:
         _, layer, part = head.split(".", 2)
         return f"model.layers.{layer}.{_BLOCK[part]}.{kind}" if part in _BLOCK else name
     return f"{_OUTSIDE[head]}.{kind}" if head in _OUTSIDE else name

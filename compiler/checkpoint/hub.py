@@ -27,6 +27,11 @@ def open_hub(repository: str) -> Checkpoint:
         folder = snapshot_download(
             repository, allow_patterns=["model*.safetensors", "model.safetensors.index.json", *PATTERNS]
         )
+    if not any(Path(folder).glob("*.safetensors")):
+        raise CheckpointError(
+            f"{repository} has no safetensors files. Load the model with transformers, save it with save_pretrained, "
+            "which writes them, and give the folder."
+        )
     return FolderCheckpoint(Path(folder), name=repository)
 
 

@@ -84,8 +84,8 @@ class SafetensorsFile:
         data_end = start
         for name, entry in header.items():
             try:
-                begin, end = entry["data_offsets"]
-                tensor = StoredTensor(path, str(entry["dtype"]), tuple(map(int, entry["shape"])), start + int(begin))
+                begin, end = map(int, entry["data_offsets"])
+                tensor = StoredTensor(path, str(entry["dtype"]), tuple(map(int, entry["shape"])), start + begin)
             except (KeyError, TypeError, ValueError) as error:
                 raise CheckpointError(
                     f"{path} is damaged: its entry for {name} is unreadable. Get it again."

@@ -80,7 +80,7 @@ def run_eval(
             "runs_on": subject.model.runs_on,
             **(dataclasses.asdict(found) if found else {}),
             **({"tasks": {name: dataclasses.asdict(each) for name, each in scores.items()}} if scores else {}),
-            **({"mean_score": dataclasses.asdict(mean_score(scores))} if scores else {}),
+            **({"mean_score": dataclasses.asdict(mean)} if (mean := mean_score(scores)) else {}),
         }
     )
 
@@ -117,8 +117,8 @@ def _show_scores(out: Output, scores: "dict[str, TaskScores]") -> None:
         for name, each in scores.items()
         for metric, score in each.metrics.items()
     ]
-    if len(scores) > 1:
-        rows.append(["mean", "", "acc_norm, or acc", *_cells(mean_score(scores))])
+    if len(scores) > 1 and (mean := mean_score(scores)):
+        rows.append(["mean", "", "acc_norm, or acc", *_cells(mean)])
     out.table("", ["task", "examples", "metric", "value", "stderr"], rows)
 
 

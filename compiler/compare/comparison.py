@@ -56,8 +56,8 @@ class Compared:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as a dictionary for JSON."""
-        mean = dataclasses.asdict(mean_score(self.scores)) if self.scores else None
-        return {**dataclasses.asdict(self), "mean_score": mean}
+        mean = mean_score(self.scores)
+        return {**dataclasses.asdict(self), "mean_score": None if mean is None else dataclasses.asdict(mean)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,8 +64,9 @@ def figures(comparison: Comparison) -> list[Figure]:
     for task in models[0].scores:
         metric = models[0].scores[task].main
         rows.append(_scores(f"{task}, {metric}", [each.scores[task].metrics[metric] for each in models]))
-    if len(models[0].scores) > 1:
-        rows.append(_scores("mean of the tasks", [mean_score(each.scores) for each in models]))
+    means = [mean for each in models if (mean := mean_score(each.scores)) is not None]
+    if len(models[0].scores) > 1 and means:
+        rows.append(_scores("mean of the tasks", means))
     for name, better, field, form in _SPEEDS:
         rows.append(_figure(name, better, "speed", models, functools.partial(_speed, field), form))
     return [row for row in rows if any(value is not None for value in row.values)]
@@ -77,7 +78,8 @@ def labels(models: Sequence[Compared]) -> list[str]:
     It is the last part of its path, and its format unless that is the same; the whole path where others have the same
     name, and a number behind it where a model was given twice.
     """
-    names = [_label(Path(model.name).name, model.format) for model in models]
+    # The current folder has a name too, which its path does not show.
+    names = [_label(Path(model.name).name or Path(model.name).resolve().name, model.format) for model in models]
     names = [
         name if names.count(name) == 1 else _label(model.name, model.format)
         for name, model in zip(names, models, strict=True)
@@ -126,8 +128,7 @@ def _speed(field: str, model: Compared) -> float | None:
 
 
 def _scores(name: str, scores: list[Score]) -> Figure:
-    better = "lower" if "perplexity" in name else "higher"
     values: list[float | None] = [score.value for score in scores]
     return Figure(
-        name, better, values, [score_text(each) for each in scores], "tasks", [each.stderr for each in scores]
+        name, scores[0].better, values, [score_text(each) for each in scores], "tasks", [each.stderr for each in scores]
     )

@@ -19,7 +19,7 @@ class Answers:
         ...     answers.keep({"request": [-3.5, True]})
     """
 
-    def __init__(self, file: IO[str], known: dict[str, Any]) -> None:
+    def __init__(self, file: IO[bytes], known: dict[str, Any]) -> None:
         """Use `Answers.hold`, which opens the file."""
         self._file, self._known = file, known
 
@@ -36,7 +36,7 @@ class Answers:
         path = folder / f"{digest[:32]}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+", encoding="utf-8")
+            file = path.open("a+b")
         except OSError as error:
             raise OutputFolderError(
                 f"Answers are kept in {folder}, which cannot be written ({error.strerror}). Name a folder by --answers."
@@ -65,23 +65,23 @@ class Answers:
         """Write answers, request -> what JSON can hold; they survive whatever ends the process behind this call."""
         for request, answer in answers.items():
             self._known[_key(request)] = answer
-            self._file.write(json.dumps([_key(request), answer]) + "\n")
+            self._file.write(json.dumps([_key(request), answer]).encode() + b"\n")
         self._file.flush()
 
 
-def _read(file: IO[str]) -> dict[str, Any]:
+def _read(file: IO[bytes]) -> dict[str, Any]:
     """Read what is whole, and cut off the rest."""
     known, whole = {}, 0
     file.seek(0)
     for line in file.read().splitlines(keepends=True):
         try:
             key, answer = json.loads(line)
-        except ValueError:
+        except (TypeError, ValueError):
             break
-        if not line.endswith("\n"):
+        if not line.endswith(b"\n"):
             break
         known[key] = answer
-        whole += len(line.encode())
+        whole += len(line)
     file.truncate(whole)
     return known
 

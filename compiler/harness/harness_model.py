@@ -4,6 +4,7 @@ What is done to the text is what the harness's own backend for transformers does
 continuation begins, which special tokens are added, what is cut off when it is too long.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         """Ask `subject`, unless `answers` knows what it says; `progress` is told how many requests are answered."""
         super().__init__()
         self._subject, self._answers, self._progress = subject, answers, progress
+        # With linear rope scaling a model sees more, and the backend for transformers still cuts there.
+        self._longest = min(subject.max_context, subject.origin.config.max_position_embeddings)
 
     @property
     def eot_token_id(self) -> int:
@@ -63,7 +66,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         windows, owners = [], []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(*request.args)
-            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self._subject.max_context, 1):
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self._longest, 1):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(number)
         totals = [0.0] * len(requests)
@@ -98,7 +101,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        limit = self._subject.max_context
+        limit = self._longest
         asked = [fit_context(context, continuation, limit) for _, context, continuation in requests]
         missing = [each for each in dict.fromkeys(asked) if self._answers.get(_key(each)) is None]
         done, total = len(set(asked)) - len(missing), len(set(asked))
@@ -120,14 +123,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             raise TaskError(f"Text drawn at random is not evaluated, and the task asks for it: {options}.")
         room = settings["max_gen_toks"]
         tokenizer, subject = self._subject.tokenizer, self._subject
-        if room >= subject.max_context:
-            raise TaskError(f"{room} new tokens leave no room for a context: the model sees {subject.max_context}.")
+        if room >= self._longest:
+            raise TaskError(f"{room} new tokens leave no room for a context: the model sees {self._longest}.")
         stops = handle_stop_sequences(settings["until"], tokenizer.token(self.eot_token_id))
-        prompts = [
-            self.tok_encode(context)[room - subject.max_context :] or [self.prefix_token_id] for context in contexts
-        ]
+        prompts = [self.tok_encode(context)[room - self._longest :] or [self.prefix_token_id] for context in contexts]
         ends = {*subject.eos, self.eot_token_id}
-        finished = _ends_with(ends, stops, tokenizer.decode)
+        # A stop text may be a special token, which the text that is returned does not show.
+        finished = _ends_with(ends, stops, functools.partial(tokenizer.decode, special=True))
         return [
             postprocess_generated_text(tokenizer.decode(tokens), stops, None)
             for tokens in generate_greedily(subject.model, prompts, room, finished)

@@ -18,6 +18,8 @@ __all__ = ["Answer", "Request", "answer_all", "fit_context"]
 
 #: Tokens of contexts, and positions that get logits, in one run: 1024 positions of 128k tokens take 512 MiB.
 _CONTEXT_TOKENS, _POSITIONS = 4096, 1024
+#: Tokens of all continuations of one context together with theirs of its copies: those of a context have a cache each.
+_COPIED_TOKENS = 4 * _CONTEXT_TOKENS
 
 #: Told the answers of each batch, as they come.
 Told = Callable[[dict["Request", "Answer"]], None]
@@ -100,7 +102,18 @@ def _group(requests: Sequence[Request]) -> list[_Group]:
     for request in dict.fromkeys(requests):
         group = groups.setdefault(request.context, _Group(request.context, {}))
         group.by_input.setdefault(request.continuation[:-1], []).append(request.continuation)
-    return sorted(groups.values(), key=lambda group: (-len(group.context), -group.positions))
+    parts = [part for group in groups.values() for part in _parts(group)]
+    return sorted(parts, key=lambda group: (-len(group.context), -group.positions))
+
+
+def _parts(group: _Group) -> Iterator[_Group]:
+    """Yield the requests of a context in parts that fit into memory, the longest first."""
+    inputs = sorted(group.by_input, key=len, reverse=True)
+    while inputs:
+        positions = 1 + len(inputs[0])
+        most = max(1, min(_POSITIONS // positions, _COPIED_TOKENS // (len(group.context) + positions)))
+        yield _Group(group.context, {each: group.by_input[each] for each in inputs[:most]})
+        inputs = inputs[most:]
 
 
 def _batches(groups: list[_Group], limits: Limits) -> Iterator[list[_Group]]:

@@ -5,11 +5,14 @@ import dataclasses
 import io
 import logging
 import math
+import random
 import statistics
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from planish.compiler.errors import TaskError
 from planish.compiler.harness.answers import Answers
@@ -21,6 +24,12 @@ from planish.compiler.progress import Progress
 from planish.plugins.native import cache_folder
 
 __all__ = ["Score", "TaskScores", "load_tasks", "mean_score", "score_tasks"]
+
+#: Seeds that the harness's own command sets before it reads examples, of random and NumPy, and those of the solved
+#: examples that stand in front of a question.
+_SEED, _NUMPY_SEED, _SHOTS_SEED = 0, 1234, 1234
+#: What papers report of a task, the first that it has; all of them shares of examples, which a mean is taken of.
+_ACCURACIES = ("acc_norm", "acc", "exact_match")
 
 #: Folders of the harness that hold the tasks of `LOCAL_TASKS`; reading all its 14 000 tasks takes ten seconds.
 _FOLDERS = ("piqa", "hellaswag", "arc", "winogrande", "lambada", "super_glue/boolq", "openbookqa")
@@ -34,10 +43,12 @@ class Score:
         value: the metric.
         stderr: its standard error: of a mean, the deviation of the examples over the root of their number; of a
             perplexity, that of the mean log-likelihood times the perplexity; None for other metrics.
+        better: which values are.
     """
 
     value: float
     stderr: float | None
+    better: Literal["higher", "lower"] = "higher"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +68,7 @@ class TaskScores:
     @property
     def main(self) -> str:
         """The metric that papers report: accuracy normalised by the length of the choices where there is one."""
-        return next(name for name in ("acc_norm", "acc", *self.metrics) if name in self.metrics)
+        return next(name for name in (*_ACCURACIES, *self.metrics) if name in self.metrics)
 
 
 def load_tasks(names: Sequence[str], data: Path | None, progress: Progress) -> dict[str, Any]:
@@ -80,6 +91,9 @@ def load_tasks(names: Sequence[str], data: Path | None, progress: Progress) -> d
             f"Examples in files are read for the tasks {', '.join(LOCAL_TASKS)}, not for {odd}. "
             "Check the spelling, or leave out --task-data to read from the Hub."
         )
+    # Tasks draw or shuffle examples as they are read.
+    random.seed(_SEED)
+    np.random.seed(_NUMPY_SEED)  # noqa: NPY002  the generator that tasks use
     with _quiet_harness():
         manager = _manager(known)
         _check_names(names, manager.all_tasks)
@@ -88,12 +102,14 @@ def load_tasks(names: Sequence[str], data: Path | None, progress: Progress) -> d
             return dict(manager.load([{"group": "planish", "task": spec}])["tasks"])
         progress.say(f"examples from the Hub: {', '.join(names)}")
         try:
-            return dict(manager.load(list(names))["tasks"])
+            tasks = dict(manager.load(list(names))["tasks"])
         except Exception as error:  # the data sets' loaders raise errors of many packages
             raise TaskError(
                 f"The examples of {', '.join(names)} cannot be read from the Hub ({error}). Connect to the network, or "
                 "give a folder of .jsonl files by --task-data."
             ) from error
+    _check_askable(tasks)
+    return tasks
 
 
 def score_tasks(
@@ -127,7 +143,9 @@ def score_tasks(
     from planish.compiler.harness.harness_model import HarnessModel
 
     settings = {"model": subject.fingerprint, "context": str(subject.max_context), "code": code_fingerprint()}
-    with Answers.hold(answers or cache_folder() / "answers", settings) as kept, _quiet_harness():
+    for task in tasks.values():
+        task.set_fewshot_seed(_SHOTS_SEED)
+    with Answers.hold(answers or cache_folder() / "answers", settings) as kept, _same_draws(), _quiet_harness():
         model = HarnessModel(subject, kept, progress)
         # The bootstrap of standard errors prints to stdout and starts processes; closed forms follow below.
         found = evaluate(model, {"tasks": tasks}, limit=limit, bootstrap_iters=0)
@@ -141,9 +159,14 @@ def score_tasks(
     }
 
 
-def mean_score(scores: dict[str, TaskScores]) -> Score:
-    """Return the mean over tasks of the metric that papers report, and its standard error."""
-    main = [each.metrics[each.main] for each in scores.values()]
+def mean_score(scores: dict[str, TaskScores]) -> Score | None:
+    """Return the mean over tasks of the accuracy that papers report, and its standard error.
+
+    None is that of no task, and of tasks among which one has a metric that is no accuracy.
+    """
+    main = [each.metrics[each.main] for each in scores.values() if each.main in _ACCURACIES]
+    if not main or len(main) < len(scores):
+        return None
     errors = [each.stderr for each in main if each.stderr is not None]
     stderr = math.hypot(*errors) / len(main) if len(errors) == len(main) else None
     return Score(statistics.fmean(each.value for each in main), stderr)
@@ -166,6 +189,15 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
             raise TaskError(f"lm-evaluation-harness has no task '{name}'. {advice}")
 
 
+def _check_askable(tasks: dict[str, Any]) -> None:
+    """Refuse tasks that the harness would refuse later, in words about options that planish does not have."""
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise TaskError(f"The task {name} runs programs that the model writes, which planish does not do.")
+        if getattr(task, "MULTIMODAL", False):
+            raise TaskError(f"The task {name} asks about images or sounds, and the model reads text.")
+
+
 def _with_examples(manager: Any, name: str, examples: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what makes the harness's task `name` read `examples`, in the place of the split it is scored on."""
     from datasets import Dataset
@@ -179,14 +211,17 @@ def _with_examples(manager: Any, name: str, examples: list[dict[str, Any]]) -> d
 
 def _metrics(task: Any, results: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Score]:
     """Return the metrics of a task, by name; a filter other than the harness's default is part of the name."""
-    aggregations, metrics = task.aggregation(), {}
+    aggregations, higher, metrics = task.aggregation(), task.higher_is_better(), {}
     for key, value in results.items():
         metric, _, of_filter = key.partition(",")
         if not of_filter or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        values = [sample[metric] for sample in samples if sample["filter"] == of_filter]
+        # A task may give a metric for some examples only; of one without an aggregation the harness takes the mean.
+        values = [sample[metric] for sample in samples if sample["filter"] == of_filter and metric in sample]
+        aggregation = getattr(aggregations[metric], "__name__", "") if metric in aggregations else "mean"
         name = metric if of_filter == "none" else f"{metric} ({of_filter})"
-        metrics[name] = Score(float(value), _stderr(aggregations[metric].__name__, values, float(value)))
+        better: Literal["higher", "lower"] = "higher" if higher.get(metric, True) else "lower"
+        metrics[name] = Score(float(value), _stderr(aggregation, values, float(value)), better)
     return metrics
 
 
@@ -195,6 +230,17 @@ def _stderr(aggregation: str, values: list[Any], value: float) -> float | None:
         return None
     error = statistics.stdev(map(float, values)) / math.sqrt(len(values))
     return error if aggregation == "mean" else error * value
+
+
+@contextlib.contextmanager
+def _same_draws() -> Iterator[None]:
+    """Leave the global generators as they were: what the next model is asked is drawn as it was for this one."""
+    state, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -218,6 +219,12 @@ def _measure(runnable: Runnable, threads: int, tokens: int, decode_tokens: int) 
         text=True,
         check=False,
     )
+    if done.returncode < 0:
+        killer = signal.Signals(-done.returncode).name
+        raise PlanishError(
+            f"{runnable.model} could not be measured: {killer} ended the process that ran it. Where that is SIGKILL, "
+            "memory was too small for the model; measure fewer tokens, or free some."
+        )
     if done.returncode:
         message = f"{runnable.model} could not be measured: {done.stderr.strip().rpartition(chr(10))[2]}"
         raise _class_of(done.returncode)(message)

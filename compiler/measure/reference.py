@@ -11,7 +11,7 @@ from torch import Tensor
 
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.optional import require
-from planish.compiler.runtime.language_model import UNLIMITED, Limits
+from planish.compiler.runtime.language_model import UNLIMITED, Limits, check_call
 
 __all__ = ["Reference", "ReferenceCache"]
 
@@ -52,7 +52,7 @@ class Reference:
         transformers = require("transformers")
         if threads is not None:
             torch.set_num_threads(threads)
-        self._new_cache = transformers.DynamicCache
+        self._new_cache, self._vocabulary = transformers.DynamicCache, checkpoint.config.vocab_size
         config = transformers.LlamaConfig.from_dict(checkpoint.raw_config)
         # Without memory, the weights are not filled with random numbers first; and nothing is computed of them.
         with torch.device("meta"):
@@ -83,8 +83,10 @@ class Reference:
         logits_to_keep: int = 0,
     ) -> tuple[npt.NDArray[np.float32], ReferenceCache]:
         """Run new tokens behind the cached ones; arguments and results are those of `Session.run`."""
-        ids = torch.from_numpy(np.asarray(input_ids, np.int64))
-        real = torch.ones_like(ids) if mask is None else torch.from_numpy(np.asarray(mask, np.int64))
+        tokens = np.asarray(input_ids, np.int64)
+        given = np.ones_like(tokens) if mask is None else np.asarray(mask, np.int64)
+        check_call(tokens, len(cache.mask) if cache else None, given, logits_to_keep, self._vocabulary)
+        ids, real = torch.from_numpy(tokens), torch.from_numpy(given)
         seen = real if cache is None else torch.cat([cache.mask, real], dim=1)
         past = self._new_cache()
         for layer, (keys, values) in enumerate(cache.heads if cache else ()):

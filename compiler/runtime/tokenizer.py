@@ -55,9 +55,9 @@ class Tokenizer:
             raise TextError("The text is not in UTF-8. Convert it.") from error
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`, special tokens left out."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of `ids`; with `special`, special tokens too."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not special))
 
     def vocabulary(self) -> dict[str, int]:
         """Return every token, special ones included, and its number."""

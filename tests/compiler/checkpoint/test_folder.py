@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from planish.compiler.checkpoint import expected_tensors, open_checkpoint
+from planish.compiler.checkpoint import expected_tensors, files, open_checkpoint
 from planish.compiler.checkpoint.tensors import check_finite
 from planish.compiler.errors import (
     CheckpointError,
@@ -302,6 +302,21 @@ def test_fingerprint_sees_one_weight(folder: Path, saved: Path) -> None:
     assert before == open_checkpoint(saved).fingerprint()
     change_weights(folder, lambda t: t[Q_PROJ].__setitem__((3, 3), 1.5))
     assert open_checkpoint(folder).fingerprint() != before
+
+
+def test_fingerprint_sees_every_tensor_of_a_large_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Windows of 64 bytes at half a megabyte from each other: most tensors lie between two.
+    monkeypatch.setattr(files, "_WHOLE", 0)
+    monkeypatch.setattr(files, "_WINDOW", 64)
+    monkeypatch.setattr(files, "_STRIDE", 1 << 19)
+    before = open_checkpoint(folder).fingerprint()
+    names = list(load_file(folder / WEIGHTS))
+    for name in names:
+        kept = (folder / WEIGHTS).read_bytes()
+        change_weights(folder, lambda tensors, name=name: tensors[name].add_(1))  # type: ignore[misc]
+        assert open_checkpoint(folder).fingerprint() != before, name
+        (folder / WEIGHTS).write_bytes(kept)
+    assert open_checkpoint(folder).fingerprint() == before
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])

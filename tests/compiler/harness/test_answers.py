@@ -36,6 +36,20 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path, cut: int) -> None:
         assert answers.get("three") == [0.5, True]
 
 
+@pytest.mark.parametrize("damage", [b"5\n", b'"\xff"\n', b"\xff\n", b"[1, 2, 3]\n"])
+def test_a_damaged_line_ends_what_is_known(tmp_path: Path, damage: bytes) -> None:
+    with Answers.hold(tmp_path, SETTINGS) as answers:
+        answers.keep({"one": [-1.5, True]})
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes() + damage)
+    for _ in range(2):
+        with Answers.hold(tmp_path, SETTINGS) as answers:
+            assert answers.get("one") == [-1.5, True]
+            answers.keep({"two": "text"})
+    with Answers.hold(tmp_path, SETTINGS) as answers:
+        assert answers.get("two") == "text"
+
+
 def test_one_evaluation_at_a_time(tmp_path: Path) -> None:
     with Answers.hold(tmp_path, SETTINGS), pytest.raises(OutputFolderError, match="Another evaluation"):
         Answers.hold(tmp_path, SETTINGS)

@@ -19,6 +19,11 @@ def test_fields_that_tasks_read_are_kept(write: Write, task: str) -> None:
         assert {name: ours[name] for name in read} == {name: given[name] for name in read}
 
 
+def test_blanks_around_a_key_do_not_count(write: Write) -> None:
+    (example,) = read_examples(write("arc_easy", {**ARC, "answerKey": "B "}), "arc_easy")
+    assert example["answerKey"] == "B"
+
+
 def test_boolq_takes_either_spelling_of_its_label(write: Write) -> None:
     either = {"passage": "p", "question": "q"}
     found = read_examples(write("boolq", {**either, "answer": True}, {**either, "label": 0}), "boolq")

@@ -1,5 +1,7 @@
 """What the harness hears from a model is what its own backend for transformers says."""
 
+import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from planish.compiler.errors import TaskError
 from planish.compiler.harness.answers import Answers
 from planish.compiler.harness.generation import generate_greedily
 from planish.compiler.harness.tasks import load_tasks
-from planish.compiler.measure.subject import Subject
+from planish.compiler.measure.subject import Subject, open_subject
 from planish.compiler.progress import Silent
 from tests.task_examples import EXAMPLES, Write
+from tests.tiny import VARIANTS, write_tiny
 
 pytest.importorskip("accelerate", reason="accelerate, which lm_eval's backend for transformers needs, is not installed")
 instance = pytest.importorskip("lm_eval.api.instance", reason="lm_eval is not installed (extra 'eval')")
@@ -68,6 +71,51 @@ def test_generated_text(ours: Any, hf: Any) -> None:
     expected = [hf.generate_until(requests("generate_until", each), disable_tqdm=True)[0] for each in asked]
     assert found == expected
     assert len(set(map(len, found))) > 2
+
+
+def test_a_special_token_stops_a_text(tiny: Path, theirs: LlamaForCausalLM, tmp_path: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from planish.compiler.harness.harness_model import HarnessModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    ids, pad = tokenizer("the hen")["input_ids"], tokenizer.pad_token_id
+    written = theirs.generate(torch.tensor([ids]), max_new_tokens=10, do_sample=False, eos_token_id=[])[0, len(ids) :]
+    third = next(int(token) for place, token in enumerate(written) if place >= 2 and token not in written[:place])
+    # A model that writes <|pad|>, which is not the end of a text, where this one writes its third new token.
+    swapped = copy.deepcopy(theirs)
+    with torch.no_grad():
+        head = swapped.lm_head.weight
+        head[[pad, third]] = head[[third, pad]].clone()
+    swapped.generation_config.pad_token_id = None
+    shutil.copytree(tiny, tmp_path / "model")
+    swapped.save_pretrained(tmp_path / "model")
+    options = {"until": ["Question:", tokenizer.pad_token], "max_gen_toks": 10, "do_sample": False}
+    asked = ("the hen", options)
+    hf = HFLM(swapped, tokenizer=tokenizer, batch_size=1, device="cpu")
+    expected = hf.generate_until(requests("generate_until", asked), disable_tqdm=True)
+    with Answers.hold(tmp_path / "answers", {}) as answers:
+        ours = HarnessModel(open_subject(tmp_path / "model", threads=1), answers, Silent())
+        assert ours.generate_until(requests("generate_until", asked)) == expected
+    assert expected[0] != tokenizer.decode(written, skip_special_tokens=True)
+
+
+def test_linear_rope_is_cut_where_the_harness_cuts(tmp_path: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from planish.compiler.harness.harness_model import HarnessModel
+
+    model = write_tiny(tmp_path / "model", **VARIANTS["rope_linear"])
+    theirs = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    hf = HFLM(theirs, tokenizer=AutoTokenizer.from_pretrained(model), batch_size=1, device="cpu")
+    pair = ("the hen ran in and out of the inn. " * 20, " in the end")
+    with Answers.hold(tmp_path / "answers", {}) as answers:
+        ours = HarnessModel(open_subject(model, threads=1), answers, Silent())
+        found = ours.loglikelihood(requests("loglikelihood", pair))
+        rolling = ours.loglikelihood_rolling(requests("loglikelihood_rolling", pair[:1]))
+    np.testing.assert_allclose(found, hf.loglikelihood(requests("loglikelihood", pair), disable_tqdm=True), atol=3e-4)
+    expected = hf.loglikelihood_rolling(requests("loglikelihood_rolling", pair[:1]), disable_tqdm=True)
+    np.testing.assert_allclose(rolling, expected, rtol=1e-5)
 
 
 def test_text_behind_nothing(ours: Any, theirs: LlamaForCausalLM) -> None:

@@ -1,5 +1,6 @@
 """Log-likelihoods are those of whole sequences in transformers, however requests are batched; contexts run once."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,44 @@ def test_a_context_runs_once(of_bundle: Subject) -> None:
     # The context but for its last token; then that token and all but the last of each continuation; the two
     # continuations of one token share their run.
     assert counting.real == 19 + 4 + 5 + 1
+
+
+class Sizes:
+    """Notes how many tokens every run sees, cached ones included, and how many positions get logits."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self.limits = model, model.limits
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+
+    def run(self, ids: Any, cache: Any = None, **options: Any) -> Any:
+        logits, after = self._model.run(ids, cache, **options)
+        self.positions.append(logits.shape[0] * logits.shape[1])
+        self.tokens.append(math.prod(after.mask.shape))
+        return logits, after
+
+
+def test_many_continuations_of_one_context_fit_into_memory(
+    of_checkpoint: Subject, theirs: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "_POSITIONS", 64)
+    monkeypatch.setattr(scoring, "_COPIED_TOKENS", 128)
+    model = Sizes(of_checkpoint.model)
+    # As where the context is nothing, of which BOS remains.
+    requests = [Request((0,), tokens(1 + number % 30)) for number in range(100)]
+    parts: list[int] = []
+    found: dict[Request, Answer] = {}
+
+    def told(answers: dict[Request, Answer]) -> None:
+        parts.append(len(answers))
+        found.update(answers)
+
+    answer_all(model, requests, told)
+    assert max(model.positions) <= 64
+    assert max(model.tokens) <= 128
+    assert len(parts) > 10
+    for request in requests[:40]:
+        assert found[request].loglikelihood == pytest.approx(whole(theirs, request).loglikelihood, abs=1e-3)
 
 
 def test_batches_come_longest_first(of_bundle: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,79 @@ def test_mean_of_the_metrics_that_papers_report() -> None:
     assert mean_score(scores) == Score(pytest.approx(0.6), pytest.approx(0.025))
     alone = {"c": TaskScores(1, 1.0, {"acc": Score(1.0, None)})}
     assert mean_score(alone) == Score(1.0, None)
+
+    assert mean_score({}) is None
+    assert mean_score({**scores, "d": TaskScores(9, 1.0, {"word_perplexity": Score(25.0, 1.0, "lower")})}) is None
+
+
+def of_config(**settings: Any) -> Any:
+    """A task of the harness that asks for three texts."""
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    asked = Dataset.from_list([{"q": f"the hen {number}", "a": " in"} for number in range(3)])
+    usual = {
+        "task": "texts",
+        "dataset_path": "none",
+        "custom_dataset": lambda **_: {"train": asked, "test": asked},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 3},
+    }
+    return ConfigurableTask(config=usual | settings)
+
+
+def test_solved_examples_are_drawn_as_the_harness_draws_them(of_bundle: Subject, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from lm_eval import simple_evaluate
+
+    from planish.compiler.harness.answers import Answers
+    from planish.compiler.harness.harness_model import HarnessModel
+
+    shots = Dataset.from_list([{"q": f"the otter {number}", "a": f" is {number}"} for number in range(40)])
+    asked = Dataset.from_list([{"q": f"the hen {number}", "a": " in"} for number in range(3)])
+    settings = {
+        "custom_dataset": lambda **_: {"train": shots, "test": asked},
+        "training_split": "train",
+        "num_fewshot": 3,
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    prompts = []
+    for _ in range(2):
+        task = of_config(**settings)
+        score_tasks(of_bundle, {"texts": task}, Silent(), answers=tmp_path / "ours")
+        prompts.append([each.args[0] for each in task.instances])
+    with Answers.hold(tmp_path / "theirs", {}) as kept:
+        task = of_config(**settings)
+        simple_evaluate(HarnessModel(of_bundle, kept, Silent()), tasks=[task], bootstrap_iters=0)
+    assert prompts[0][0].count("the otter") == 3
+    assert prompts == [[each.args[0] for each in task.instances]] * 2
+
+
+def test_metrics_that_are_not_of_every_example(of_bundle: Subject, tmp_path: Path) -> None:
+    def of_each(doc: Any, _: Any) -> dict[str, float]:
+        return {"m": 1.0, "other": 0.5} if doc["q"].endswith("1") else {"m": 0.0, "some": float(doc["q"][-1])}
+
+    metrics = [
+        {"metric": "m", "aggregation": "mean", "higher_is_better": True},
+        {"metric": "some", "aggregation": "mean", "higher_is_better": False},
+    ]
+    task = of_config(process_results=of_each, metric_list=metrics)
+    (found,) = score_tasks(of_bundle, {"texts": task}, Silent(), answers=tmp_path).values()
+    assert found.metrics["m"] == Score(pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert found.metrics["some"] == Score(1.0, pytest.approx(1.0), "lower")
+    assert found.metrics["other"].value == 0.5
+
+
+@pytest.mark.parametrize(("settings", "message"), [({"unsafe_code": True}, "runs programs that the model writes")])
+def test_tasks_that_are_not_asked(settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = of_config(metric_list=[{"metric": "exact_match"}], **settings)
+    manager = SimpleNamespace(all_tasks=["texts"], load=lambda _: {"tasks": {"texts": task}})
+    monkeypatch.setattr(tasks, "_manager", lambda _: manager)
+    with pytest.raises(TaskError, match=message):
+        load_tasks(["texts"], None, Silent())
 
 
 def test_one_example_has_no_standard_error(of_bundle: Subject, write: Write, tmp_path: Path) -> None:

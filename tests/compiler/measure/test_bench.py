@@ -104,11 +104,17 @@ def test_the_error_of_a_process_is_raised(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("code", "error"),
-    [(22, EngineMismatchError), (28, DeviceError), (33, EngineLimitError), (1, PlanishError), (-9, PlanishError)],
+    [(22, EngineMismatchError), (28, DeviceError), (33, EngineLimitError), (1, PlanishError)],
 )
 def test_exit_codes_are_passed_on(code: int, error: type[PlanishError], monkeypatch: pytest.MonkeyPatch) -> None:
     ended = subprocess.CompletedProcess([], code, "", "warning\nno room\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
     with pytest.raises(PlanishError, match=r"could not be measured: no room$") as raised:
         measure_sides({"model": Runnable(Path("model.onnx"))}, repeats=1)
-    assert (type(raised.value), raised.value.exit_code) == (error, max(code, 1))
+    assert (type(raised.value), raised.value.exit_code) == (error, code)
+
+
+def test_a_process_that_the_system_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9, "", ""))
+    with pytest.raises(PlanishError, match=r"could not be measured: SIGKILL ended .* memory was too small"):
+        measure_sides({"model": Runnable(Path("model.onnx"))}, repeats=1)

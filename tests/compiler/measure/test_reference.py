@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from planish.compiler.checkpoint import open_checkpoint
+from planish.compiler.errors import TokenizerError
 from planish.compiler.measure.reference import Reference
 from tests.tiny import VARIANTS, write_tiny
 
@@ -24,6 +25,12 @@ def test_logits_are_those_of_transformers(tmp_path: Path, variant: str) -> None:
     np.testing.assert_allclose(ours.run(TOKENS)[0], expected, atol=1e-5)
     last, _ = ours.run(TOKENS, logits_to_keep=2)
     np.testing.assert_allclose(last, expected[:, -2:], atol=1e-5)
+
+
+def test_tokens_beyond_the_vocabulary(tmp_path: Path) -> None:
+    ours = Reference(open_checkpoint(write_tiny(tmp_path / "model", vocab_size=200)))
+    with pytest.raises(TokenizerError, match="gives token 259, and the model has 200"):
+        ours.run([[3, 259]])
 
 
 def test_pieces_padding_and_taken_sequences(tiny: Path) -> None:

@@ -1,6 +1,6 @@
 """A tokenizer.json made from the vocabulary and the rules that a GGUF file's metadata holds."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,15 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> str:
         raise TokenizerError(
             f"{path} holds no tokenizer (tokenizer.ggml.tokens). Use a file that was converted with it."
         )
-    rules = _split_rules(metadata.get("tokenizer.ggml.pre", "default"))
-    if metadata.get("tokenizer.ggml.model") == "gpt2" and rules is not None:
+    byte_level, pre = metadata.get("tokenizer.ggml.model") == "gpt2", metadata.get("tokenizer.ggml.pre", "default")
+    rules = _split_rules(pre)
+    if byte_level and rules is not None:
         tokenizer = _byte_level(metadata, rules)
+    elif byte_level and pre not in ("default", *_rules_of_transformers()):
+        raise TokenizerError(
+            f"{path} splits text by the rule '{pre}' (tokenizer.ggml.pre), which neither planish nor transformers knows. "
+            "Give the original checkpoint, with its tokenizer.json."
+        )
     else:
         tokenizer = _by_transformers(path)
     if _adds_bos(metadata):
@@ -122,6 +128,16 @@ def _byte_level(metadata: Mapping[str, Any], rules: list[Any]) -> Any:
         ]
     )
     return tokenizer
+
+
+def _rules_of_transformers() -> Collection[str]:
+    """Return the splitting rules that transformers follows; a rule that it does not know, it leaves out in silence."""
+    require("transformers")
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:
+        return ()
+    return tuple(GGUF_PRE_TOKENIZER_SPLITS)
 
 
 def _by_transformers(path: Path) -> Any:

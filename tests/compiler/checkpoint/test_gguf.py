@@ -341,6 +341,15 @@ def test_splitting_rules_equal_transformers(pre: str, tiny: Checkpoint, tmp_path
         ]
         assert pieces[0] == pieces[1]
         assert ours.encode(text).ids == theirs(text)["input_ids"]
+    # Llama 3 has numbers of three digits, Mistral's Tekken single ones.
+    numbers = ["123", "456"] if pre == "llama-bpe" else list("123456")
+    assert [piece for piece, _ in ours.pre_tokenizer.pre_tokenize_str("123456")] == numbers
+
+
+def test_a_splitting_rule_that_nobody_knows(tiny: Checkpoint, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny, **vocabulary(tiny, tmp_path, "deepseek-coder"))
+    with pytest.raises(TokenizerError, match=r"the rule 'deepseek-coder' .* Give the original checkpoint"):
+        open_checkpoint(path).check_tokenizer()
 
 
 def test_no_vocabulary(tiny: Checkpoint, tmp_path: Path) -> None:

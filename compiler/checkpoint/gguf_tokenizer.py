@@ -45,7 +45,7 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> str:
         tokenizer = _byte_level(metadata, rules)
     elif byte_level and pre not in ("default", *_rules_of_transformers()):
         raise TokenizerError(
-            f"{path} splits text by the rule '{pre}' (tokenizer.ggml.pre), which neither planish nor transformers knows. "
+            f"{path} splits text by the rule '{pre}' (tokenizer.ggml.pre), unknown to planish and to transformers. "
             "Give the original checkpoint, with its tokenizer.json."
         )
     else:

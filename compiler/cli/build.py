@@ -15,7 +15,7 @@ __all__ = ["run_build"]
 
 def run_build(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
-    target: Annotated[str, typer.Option(help="ort, rtx or tensorrt; what the bundle has for it is replaced.")],
+    target: Annotated[list[str], typer.Option(help="ort, rtx or tensorrt; what the bundle has for it is replaced.")],
     max_context: engine.MaxContextOption = None,
     max_batch_size: engine.MaxBatchSizeOption = None,
     max_input_len: engine.MaxInputLenOption = None,
@@ -28,11 +28,14 @@ def run_build(
     from planish.compiler.pipeline.build import build_target
     from planish.compiler.progress import progress_for
 
+    if len(target) > 1:
+        raise typer.BadParameter("a build is for one target; run one after the other", param_hint="--target")
+    (target_name,) = target
     out, started = Output(json), time.perf_counter()
     with progress_for(sys.stderr) as progress:
         made = build_target(
             bundle,
-            target,
+            target_name,
             max_context=max_context,
             max_batch_size=max_batch_size,
             max_input_len=max_input_len,
@@ -42,12 +45,14 @@ def run_build(
             progress=progress,
         )
     seconds = round(time.perf_counter() - started, 1)
-    size = sum(path.stat().st_size for path in made.model_path(target).parent.iterdir())
-    out.line(f"{bundle}: {target} added, {size / 1e6:.1f} MB, {seconds} s; targets {', '.join(made.manifest.targets)}")
+    size = sum(path.stat().st_size for path in made.model_path(target_name).parent.iterdir())
+    out.line(
+        f"{bundle}: {target_name} added, {size / 1e6:.1f} MB, {seconds} s; targets {', '.join(made.manifest.targets)}"
+    )
     out.result(
         {
             "bundle": str(bundle),
-            "target": target,
+            "target": target_name,
             "bytes": size,
             "seconds": seconds,
             "targets": list(made.manifest.targets),

@@ -245,9 +245,10 @@ class _Reader:
     def _product(self, name: str) -> ir.Node:
         node = self._nodes.get(f"{name}.product")
         if node is None or node.op_type not in _PRODUCTS:
+            remedy = "--lm-head w8a8" if name == LM_HEAD else "a scheme that gives weights and activations bits"
             raise UnsupportedModelError(
                 f"The activations in front of {name} stay in floating point, and the decoder multiplies codes. Compile "
-                "with a scheme that gives weights and activations bits, such as w3a3k3v3."
+                f"with {remedy}."
             )
         return node
 

@@ -214,7 +214,7 @@ def _export(bundle: Bundle, folder: Path) -> Path:
 def _measure(runnable: Runnable, threads: int, tokens: int, decode_tokens: int) -> dict[str, float]:
     arguments = [str(runnable.model), runnable.runs_on, str(threads), str(tokens), str(decode_tokens)]
     done = subprocess.run(
-        [sys.executable, "-m", "planish.compiler.measure.bench_worker", *arguments],
+        [sys.executable, "-P", "-m", "planish.compiler.measure.bench_worker", *arguments],
         capture_output=True,
         text=True,
         check=False,

@@ -51,10 +51,10 @@ def build_target(
         bundle: its folder.
         target: one of `TARGETS`.
         max_context: of an engine; None is that of the engine which is replaced, if there is one, or the recipe's.
-        max_batch_size: see `Recipe`; as all further settings, the recipe of the bundle has it unless it is given.
-        max_input_len: see `Recipe`.
-        sms: see `Recipe`.
-        plugins: see `Recipe`.
+        max_batch_size: of an engine; likewise.
+        max_input_len: of an engine; likewise.
+        sms: see `Recipe`; None is what the recipe of the bundle has.
+        plugins: see `Recipe`; likewise.
         tensorrt_version: see `Recipe`; None is none, whatever the recipe of the bundle has.
         progress: is told how far the build is; None says nothing.
 
@@ -77,30 +77,24 @@ def build_target(
                 f"{path} has no {RECIPE_FILE}: it is a float export, which has no targets. Compile the checkpoint with "
                 "--scheme w16a16k16v16 instead."
             )
-        kept = Recipe.read(
-            path / RECIPE_FILE,
-            max_batch_size=max_batch_size,
-            max_input_len=max_input_len,
-            sms=None if sms is None else tuple(sms),
-            plugins=plugins,
-        )
+        kept = Recipe.read(path / RECIPE_FILE, sms=None if sms is None else tuple(sms), plugins=plugins)
         folder = engine_folder(path, target)
-        context = max_context if max_context is not None else _context_of(folder) or kept.max_context
+        limits = {"max_context": max_context, "max_batch_size": max_batch_size, "max_input_len": max_input_len}
         # Another machine's TensorRT is no property of the bundle: unless one is named, the engine is built here.
-        asked = {"targets": (target,), "max_context": context, "tensorrt_version": tensorrt_version}
-        recipe = Recipe.read(None, **{**dict(kept), **asked})
+        asked = {"targets": (target,), "tensorrt_version": tensorrt_version}
+        given = {name: value for name, value in limits.items() if value is not None}
+        recipe = Recipe.read(None, **{**dict(kept), **_limits_of(folder), **given, **asked})
         check_targets(recipe)
         check_engine_settings(
             recipe.targets,
-            max_context=max_context,
-            max_batch_size=max_batch_size,
-            max_input_len=max_input_len,
+            **limits,
             sms=sms,
             plugins=plugins,
             tensorrt_version=tensorrt_version,
         )
         longest = min(opened.config.max_context, opened.manifest.max_context)
         check_context(max_context, longest)
+        _check_links(path, folder)
         opened = _without_leftovers(opened, folder.parent)
         with clear_errors(path), _scratch(folder) as made:
             lower(target, path / MODEL_FILE, made, recipe, longest, progress or Silent())
@@ -115,7 +109,7 @@ def build_target(
             targets = (*others, target)
             if target == "tensorrt":
                 kept = kept.model_copy(update={"tensorrt_version": tensorrt_version})
-            # Without the context: that of the recipe is the model's, and the engine's is in engine.json.
+            # Without the limits: those of the recipe are for all engines, and this one's are in its engine.json.
             kept.model_copy(update={"targets": targets}).write(path / RECIPE_FILE)
             manifest = dataclasses.replace(manifest, targets=targets)
             write_report(Bundle(path, manifest), RunRecord.read(opened))
@@ -145,11 +139,32 @@ def _hold(path: Path) -> Iterator[Bundle]:
         os.close(descriptor)
 
 
-def _context_of(engine: Path) -> int | None:
-    """Return the context of the engine in a folder; None where there is none, or none that this planish reads."""
+def _limits_of(engine: Path) -> dict[str, int]:
+    """Return the limits of the engine in a folder, by setting; none where there is none that this planish reads."""
     with contextlib.suppress(BundleCorruptError, BundleFormatError):
-        return EngineRecord.read(engine).max_context
-    return None
+        record = EngineRecord.read(engine)
+        limits = {"max_context": record.max_context, "max_batch_size": record.max_batch}
+        # Prompts as long as the cache may have been cut to it, and a larger one takes longer prompts.
+        return limits if record.max_prompt >= record.max_context else {**limits, "max_input_len": record.max_prompt}
+    return {}
+
+
+def _check_links(bundle: Path, engine: Path) -> None:
+    """Refuse symbolic links that a build would stumble over when hours of work are done.
+
+    Raises:
+        OutputFolderError: if the engine's folder is one, or the model's files are, as in a cache of the Hub.
+    """
+    if engine.is_symlink():
+        raise OutputFolderError(
+            f"{engine} is a symbolic link, in whose place the new one would be written. Remove it first."
+        )
+    linked = [name for name in (MODEL_FILE, f"{MODEL_FILE}.data") if (bundle / name).is_symlink()]
+    if linked:
+        raise OutputFolderError(
+            f"{bundle / linked[0]} is a symbolic link, and ONNX reads no weights through one. Copy the bundle with "
+            "cp -rL, and build in the copy."
+        )
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from planish.compiler.bundle.bundle import Bundle
 from planish.compiler.bundle.layout import MODEL_FILE, PLAN_FILE, RECIPE_FILE, engine_folder
 from planish.compiler.bundle.manifest import Manifest
-from planish.compiler.calibrate.settings import CalibrationSettings
+from planish.compiler.calibrate.settings import SELF, CalibrationSettings
 from planish.compiler.checkpoint import Checkpoint
 from planish.compiler.checkpoint.files import write_json
 from planish.compiler.export.float_model import save_model
@@ -215,7 +215,13 @@ class Compilation:
     def _repeatable_recipe(self) -> Recipe:
         """Return the recipe with paths that hold from any folder."""
         given = {name: getattr(self.recipe, name) for name in ("model", "dataset", "plan", "high_impact")}
-        paths = {name: str(Path(path).resolve()) for name, path in given.items() if path and Path(path).exists()}
+        paths = {
+            name: str(Path(path).resolve())
+            for name, path in given.items()
+            # Text is read from files; a folder with the name of a data set, or `self`, is another matter.
+            if path and (Path(path).is_file() if name == "dataset" else Path(path).exists())
+            if (name, path) != ("dataset", SELF)
+        }
         return self.recipe.model_copy(update=paths)
 
     def _manifest(self) -> Manifest:

@@ -21,7 +21,7 @@ from planish.compiler.select.policy import SelectionPolicy
 from planish.compiler.select.sensitivity import Score
 from planish.passes.scheme import Scheme
 
-__all__ = ["TARGETS", "Recipe", "Target"]
+__all__ = ["OF_TARGET", "TARGETS", "Recipe", "Target"]
 
 Target = Literal["ort", "rtx", "tensorrt"]
 TARGETS: tuple[Target, ...] = ("ort", "rtx", "tensorrt")
@@ -29,6 +29,8 @@ TARGETS: tuple[Target, ...] = ("ort", "rtx", "tensorrt")
 _SEQLEN = 512
 #: Settings that nothing but building engines depends on.
 _OF_ENGINES = {"max_batch_size", "max_input_len", "sms", "plugins", "tensorrt_version"}
+#: Of these, what one target alone has.
+OF_TARGET: dict[str, Target] = {"sms": "rtx", "plugins": "tensorrt", "tensorrt_version": "tensorrt"}
 
 
 class Recipe(BaseModel):
@@ -274,7 +276,10 @@ class Recipe(BaseModel):
 
     def engine_settings(self, target: Target) -> dict[str, Any]:
         """Return the settings, for JSON, on which lowering to `target` depends and nothing else does."""
-        return {} if target == "ort" else self.model_dump(mode="json", include=_OF_ENGINES)
+        if target == "ort":
+            return {}
+        others = {name for name, only in OF_TARGET.items() if only != target}
+        return self.model_dump(mode="json", include=_OF_ENGINES - others)
 
     def write(self, path: Path) -> None:
         """Write the recipe as YAML; settings that are not set are left out."""

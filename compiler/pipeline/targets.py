@@ -11,7 +11,7 @@ from planish.compiler.backends.tensorrt.parser_versions import SINCE, read_versi
 from planish.compiler.backends.tensorrt.plugin_choice import plugs_without_library
 from planish.compiler.errors import RecipeError
 from planish.compiler.optional import require
-from planish.compiler.pipeline.recipe import Recipe
+from planish.compiler.pipeline.recipe import OF_TARGET, Recipe
 from planish.compiler.progress import Progress
 
 __all__ = ["check_context", "check_engine_settings", "check_targets", "lower"]
@@ -60,20 +60,27 @@ def _check_version(recipe: Recipe, text: str) -> None:
 
 
 def check_engine_settings(targets: Sequence[str], **given: Any) -> None:
-    """Check that settings of engines are given only where an engine is built, rather than left without effect.
+    """Check that settings of engines are given only where they have an effect.
 
     Args:
         targets: of the run.
         given: by name as in `Recipe`; None is not given.
 
     Raises:
-        RecipeError: naming the first that is given without an engine.
+        RecipeError: naming the first that is given without a target that it is for.
     """
     for name, value in given.items():
-        if value is not None and not set(targets) & _ENGINES:
+        if value is None:
+            continue
+        if not set(targets) & _ENGINES:
             raise RecipeError(
                 f"'{name}' is a setting of engines, and the target {', '.join(targets)} is none. Leave it out, or "
                 "give the target rtx or tensorrt."
+            )
+        if name in OF_TARGET and OF_TARGET[name] not in targets:
+            raise RecipeError(
+                f"'{name}' is a setting of the target {OF_TARGET[name]} and does nothing for {', '.join(targets)}. "
+                "Leave it out."
             )
 
 

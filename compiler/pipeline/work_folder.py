@@ -215,13 +215,14 @@ def clear_errors(out: Path) -> Iterator[None]:
         yield
     except Exception as error:
         for cause in _causes(error):
-            if isinstance(cause, PlanishError):
-                raise cause from cause.__cause__
-            if _says_disk_full(cause):
+            # An engine that could not be written says so as one that could not be built.
+            if _says_disk_full(cause) and not isinstance(cause, DiskFullError):
                 raise DiskFullError(
                     f"The disk of {out} is full. Free some space and run the same command again: what is finished is "
                     "kept."
                 ) from error
+            if isinstance(cause, PlanishError):
+                raise cause from cause.__cause__
         raise
 
 

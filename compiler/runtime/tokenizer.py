@@ -12,11 +12,13 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as _Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from planish.compiler.errors import TextError, TokenizerError
 
 __all__ = ["TextStream", "Tokenizer"]
+
+#: What decoders put for bytes that are no character.
+_NO_CHARACTER = "\ufffd"
 
 #: A chat: {"role": "user", "content": "..."} and so on.
 Messages = Sequence[Mapping[str, Any]]
@@ -145,21 +147,31 @@ class TextStream:
 
     def __init__(self, tokenizer: _Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
-        self._given = ""
+        # Text is given up to the second token, and decoded from the first on: a decoder looks back over a few tokens
+        # only, and turns what is no character into U+FFFD, which may still become one.
+        self._start = self._given = 0
 
     def push(self, token: int) -> str:
         """Return the text that `token` completes; often a word, sometimes nothing yet."""
         self._ids.append(token)
-        text = self._stream.step(self._tokenizer, token) or ""
-        self._given += text
+        text = self._rest()
+        if not text or text.endswith(_NO_CHARACTER):
+            return ""
+        self._start, self._given = self._given, len(self._ids)
         return text
 
     def finish(self) -> str:
         """Return what is left when no more tokens come: the remains of an incomplete character."""
-        whole = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-        return whole[len(self._given) :] if whole.startswith(self._given) else ""
+        return self._rest()
+
+    def _rest(self) -> str:
+        """Return the text of the tokens that none was given of yet."""
+        before, all_of_it = (
+            self._tokenizer.decode(self._ids[self._start : end], skip_special_tokens=True)
+            for end in (self._given, len(self._ids))
+        )
+        return str(all_of_it[len(before) :])
 
 
 class _Generation(Extension):

@@ -16,7 +16,10 @@ def main(bundle: Path, prompt: str, new_tokens: int = 24) -> None:
     # The file may say how its writer cut and padded batches.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    session = ort.InferenceSession(str(bundle / "model.onnx"))
+    options = ort.SessionOptions()
+    # Without VNNI, products of unsigned by signed 8-bit codes saturate unless a slower kernel is asked for.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = ort.InferenceSession(str(bundle / "model.onnx"), options)
     # The cache starts empty. Its inputs say what they hold: packed bytes, and float16 scales and zeros.
     cache = {
         i.name: np.zeros([1 if d == "batch" else 0 if d == "past" else d for d in i.shape], DTYPES[i.type])

@@ -13,24 +13,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-NEW_TOKENS = 4
+NEW_TOKENS = 4  # or fewer, where the engine takes no prompt of as many
 LIBRARY = "libplanish_plugins.so"
 _SIZES = {"int64": 8, "int32": 4, "float32": 4, "float16": 2}
 
 
 def write_inputs(record: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Write one prompt of `NEW_TOKENS` tokens behind an empty cache; trtexec's random numbers would be no lengths."""
+    """Write one prompt behind an empty cache; trtexec's random numbers would be no lengths."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {}
+    files, tokens = {}, new_tokens(record)
     first = {
-        "new_lengths": [NEW_TOKENS],
+        "new_lengths": [tokens],
         "num_logits_to_keep": [1],
-        "position_ids": range(NEW_TOKENS),
-        "attention_mask": [1] * NEW_TOKENS,
+        "position_ids": range(tokens),
+        "attention_mask": [1] * tokens,
     }
     for name, given in record["inputs"].items():
         size, count = _SIZES[given["dtype"]], 1
-        for length in shape_of(name, given):
+        for length in shape_of(name, given, tokens):
             count *= length
         content = b"".join(number.to_bytes(size, "little") for number in first.get(name, ()))
         content += bytes(size * count - len(content))
@@ -39,11 +39,16 @@ def write_inputs(record: dict[str, Any], folder: Path) -> dict[str, Path]:
     return files
 
 
-def shape_of(name: str, given: dict[str, Any]) -> list[int]:
-    """Return the shape of an input: one sequence, and `NEW_TOKENS` tokens where the profile leaves the length open."""
+def new_tokens(record: dict[str, Any]) -> int:
+    """Return the number of tokens in the prompt."""
+    return int(min(NEW_TOKENS, record["inputs"]["input_ids"]["max"][1]))
+
+
+def shape_of(name: str, given: dict[str, Any], tokens: int) -> list[int]:
+    """Return the shape of an input: one sequence, and `tokens` tokens where the profile leaves the length open."""
     if given["is_shape"]:
         return []
-    return [1, NEW_TOKENS] if name in ("input_ids", "position_ids") else list(given["min"])
+    return [1, tokens] if name in ("input_ids", "position_ids") else list(given["min"])
 
 
 def command(engine: Path, library: Path | None = None, save: bool = False) -> list[str]:
@@ -70,7 +75,8 @@ def command(engine: Path, library: Path | None = None, save: bool = False) -> li
         parts = [f"{name}:{'x'.join(map(str, given[end])) or 1}" for name, given in record["inputs"].items()]
         return ",".join(parts)
 
-    at_run = [f"{name}:{'x'.join(map(str, shape_of(name, given))) or 1}" for name, given in record["inputs"].items()]
+    sizes = {name: shape_of(name, given, new_tokens(record)) for name, given in record["inputs"].items()}
+    at_run = [f"{name}:{'x'.join(map(str, shape)) or 1}" for name, shape in sizes.items()]
     return [
         "trtexec",
         f"--onnx={engine / 'model.onnx'}",

@@ -83,6 +83,30 @@ def test_settings_of_engines_without_one(
 
 
 @pytest.mark.parametrize(
+    ("target", "option"),
+    [
+        ("rtx", ("--plugins", "require")),
+        ("rtx", ("--tensorrt-version", "10.3")),
+        ("tensorrt", ("--sm", 89, "--tensorrt-version", "10.3")),
+    ],
+)
+def test_settings_of_the_other_engine(
+    run: Run, tiny: Path, bundle: Bundle, tmp_path: Path, target: str, option: tuple[object, ...]
+) -> None:
+    compiled = run(
+        "compile", tiny, "--scheme", "w4a4", "--select", "none", "--target", target, *option, "-o", tmp_path / "out"
+    )
+    assert (compiled.code, f"does nothing for {target}" in compiled.err) == (19, True), compiled.err
+    built = run("build", bundle.path, "--target", target, *option)
+    assert (built.code, f"does nothing for {target}" in built.err) == (19, True), built.err
+
+
+def test_a_build_of_two_targets(run: Run, bundle: Bundle) -> None:
+    refused = run("build", bundle.path, "--target", "ort", "--target", "rtx")
+    assert (refused.code, "one target" in refused.err) == (2, True), refused.err
+
+
+@pytest.mark.parametrize(
     "option",
     [
         ("--dataset", "self"),

@@ -246,6 +246,11 @@ def test_the_command_of_trtexec_without_plugins(tmp_path: Path) -> None:
     assert np.frombuffer(inputs["attention_mask"], np.int64).tolist() == [1] * 4 + [0] * 28
     assert np.frombuffer(inputs["write_indices"], np.int64).tolist() == [0]
     assert len(inputs["past_key_values.1.value"]) == 2 * 2 * 32 * 16
+    limits = {"max_context": 32, "max_prompt": 2}
+    build_engines(portable, folder, flavour="tensorrt", tensorrt_version="10.3", **limits)  # type: ignore[arg-type]
+    assert "input_ids:1x2" in next(
+        part for part in load(EXAMPLES / "trtexec" / "smoke.py").command(folder) if part.startswith("--shapes=")
+    )
     # What trtexec is given is a step that the model takes.
     dtypes = {name: np.dtype(each.dtype) for name, each in record.inputs.items()}
     shapes = {name: [int(n) for n in shape.split("x")] for name, shape in

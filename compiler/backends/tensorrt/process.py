@@ -32,7 +32,7 @@ def run_job(job: Job, progress: Progress) -> Built:
     """
     stage = f"build {job.flavour} engine"
     log: deque[str] = deque(maxlen=_LAST_LINES)
-    command = [sys.executable, "-m", WORKER]
+    command = [sys.executable, "-P", "-m", WORKER]
     with (
         tempfile.TemporaryFile("w+") as stderr,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,

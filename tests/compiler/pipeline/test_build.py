@@ -57,10 +57,12 @@ def test_an_engine_for_a_compiled_bundle(copy: Path, tiny: Path, tmp_path: Path)
     assert (record["sms"], record["max_batch"], record["max_context"]) == ([89], 2, 32)
     assert record["onnx"] == json.loads((expected.path / "engines/rtx/engine.json").read_text())["onnx"]
     assert json.loads((copy / "report" / "report.json").read_text())["engines"]["rtx"] == record
-    # Other limits leave its context.
+    # Other limits leave its context, and what an engine of another target takes leaves them all.
     build_target(copy, "rtx", max_batch_size=4, max_input_len=16)
+    build_target(copy, "tensorrt", tensorrt_version="10.3", max_context=64, max_batch_size=1)
+    build_target(copy, "rtx")
     record = json.loads((copy / "engines" / "rtx" / "engine.json").read_text())
-    assert (record["sms"], record["max_batch"], record["max_context"]) == ([89], 4, 32)
+    assert (record["sms"], record["max_batch"], record["max_prompt"], record["max_context"]) == ([89], 4, 16, 32)
 
 
 def test_the_recipe_goes_on_making_the_same_model(
@@ -70,14 +72,30 @@ def test_the_recipe_goes_on_making_the_same_model(
     monkeypatch.setattr(module, "lower", lambda *_: None)
     before = yaml.safe_load((copy / RECIPE_FILE).read_text())
     build_target(copy, "tensorrt", tensorrt_version="10.3", max_context=32, max_batch_size=2)
-    added = {"targets": ["ort", "tensorrt"], "tensorrt_version": "10.3", "max_batch_size": 2}
+    added = {"targets": ["ort", "tensorrt"], "tensorrt_version": "10.3"}
     assert yaml.safe_load((copy / RECIPE_FILE).read_text()) == {**before, **added}
     build_target(copy, "rtx", max_context=64, max_input_len=8, sms=(89,))
-    added |= {"targets": ["ort", "tensorrt", "rtx"], "max_input_len": 8, "sms": [89]}
+    added |= {"targets": ["ort", "tensorrt", "rtx"], "sms": [89]}
     assert yaml.safe_load((copy / RECIPE_FILE).read_text()) == {**before, **added}
     again = compile_model(None, tmp_path / "again", recipe=copy / RECIPE_FILE, targets=("ort",))
     assert again.manifest.max_context == bundle.manifest.max_context == 256
     assert again.manifest.files["model.onnx"] == bundle.manifest.files["model.onnx"]
+
+
+def test_links_are_refused_before_anything_is_built(copy: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "disk"
+    elsewhere.mkdir()
+    (copy / "engines" / "rtx").symlink_to(elsewhere)
+    before = (copy / "planish.json").read_bytes()
+    with pytest.raises(OutputFolderError, match=r"engines/rtx is a symbolic link"):
+        build_target(copy, "rtx", max_context=32)
+    for name in ("model.onnx", "model.onnx.data"):
+        (copy / name).rename(tmp_path / name)
+        (copy / name).symlink_to(tmp_path / name)
+    with pytest.raises(OutputFolderError, match="cp -rL"):
+        build_target(copy, "ort")
+    assert (copy / "planish.json").read_bytes() == before
+    Bundle.open(copy)
 
 
 def test_a_model_for_the_tensorrt_of_another_machine(copy: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def test_corrected_settings_of_engines_go_on(tiny: Path, tmp_path: Path, lowered
             compile_model(tiny, out, **given, max_batch_size=batch)
         assert lowered.targets == again
     lowered.targets.clear()
-    made = compile_model(tiny, out, **{**given, "targets": ["ort", "rtx"]}, max_batch_size=2)
+    made = compile_model(tiny, out, **{**SETTINGS, "targets": ["ort", "rtx"]}, max_batch_size=2)
     assert lowered.targets == []
     assert made.manifest.targets == ("ort", "rtx")
     assert files(made, "rtx") == ["batch 2"]

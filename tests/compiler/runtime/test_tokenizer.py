@@ -1,10 +1,14 @@
 """Encoding, streaming and chat templates agree with transformers."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models
 from transformers import AutoTokenizer
 
 from planish.compiler.errors import TokenizerError
@@ -145,6 +149,44 @@ def test_stream_ends_with_the_remains_of_a_character(tiny: Path) -> None:
     stream = tokenizer.stream()
     ids = tokenizer.encode("a😀")[:-1]
     assert "".join(stream.push(token) for token in ids) + stream.finish() == tokenizer.decode(ids) == "a\ufffd"
+
+
+@pytest.fixture
+def with_bytes(tmp_path: Path) -> Tokenizer:
+    """A tokenizer as LLaMA-2 has it: words begin with a mark, and what is no word is spelled in bytes, newlines too."""
+    words = ["<unk>", "▁a", "▁b", "c"]
+    vocabulary = {token: i for i, token in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    made = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    return Tokenizer(tmp_path)
+
+
+def test_stream_of_words_and_bytes(with_bytes: Tokenizer) -> None:
+    marks = {"a": [1], "b": [2], "c": [3], "\n": [4 + 10], "😀": [4 + byte for byte in "😀".encode()]}
+    for text in itertools.product(marks, repeat=4):
+        ids = [token for each in text for token in marks[each]]
+        stream = with_bytes.stream()
+        pieces = [stream.push(token) for token in ids]
+        assert "".join(pieces) + stream.finish() == with_bytes.decode(ids)
+        assert "\ufffd" not in "".join(pieces)
+
+
+def test_stream_goes_on_behind_bytes_that_are_no_character(with_bytes: Tokenizer) -> None:
+    # A newline, which was given, becomes a part of what is no character; a word ends it.
+    stream = with_bytes.stream()
+    pieces = [stream.push(token) for token in (2, 4 + 0x0A, 4 + 0xF0, 4 + 0x9F, 1, 3)]
+    assert pieces[:4] == ["b", "\n", "", ""]
+    assert "".join(pieces[4:]) + stream.finish() == "\ufffd\ufffd ac"
+    # Random tokens, as a hot model writes them.
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        stream = with_bytes.stream()
+        for token in random.integers(1, 260, 40).tolist():
+            stream.push(token)
+        stream.finish()
 
 
 def test_tokens_and_their_roles_are_those_of_transformers(folder: Path) -> None:

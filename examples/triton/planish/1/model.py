@@ -7,7 +7,6 @@ import numpy as np
 import triton_python_backend_utils as pb_utils  # what Triton gives to a model of its Python backend
 
 from planish.compiler.bundle.bundle import Bundle
-from planish.compiler.errors import PlanishError
 from planish.compiler.runtime.generate import Sampling
 
 __all__ = ["TritonPythonModel"]
@@ -32,9 +31,10 @@ class TritonPythonModel:
                         break
                     text = pb_utils.Tensor("text", np.array([piece.encode()], np.object_))
                     sender.send(pb_utils.InferenceResponse([text]))
-            except (PlanishError, ValueError) as error:
+            except Exception as error:  # whatever it is, the client hears of it and the server goes on
                 sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error))))
-            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            finally:
+                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _generate(self, request: Any) -> Any:
         return self._bundle.generate(

@@ -108,7 +108,10 @@ def test_settings_of_engines_decide_nothing_before_they_are_built() -> None:
     other = Recipe(model="a", scheme="w4a4", targets=("ort", "rtx"), **engines)
     assert other.decisive_settings() == recipe.decisive_settings()
     assert other.engine_settings("ort") == recipe.engine_settings("ort") == {}
-    assert other.engine_settings("rtx") == engines | {"sms": [89]}
+    limits = {"max_batch_size": 2, "max_input_len": 8}
+    # What only the other engine has is none of an engine's.
+    assert other.engine_settings("rtx") == {**limits, "sms": [89]}
+    assert other.engine_settings("tensorrt") == {**limits, "plugins": "none", "tensorrt_version": "10.3"}
     assert Recipe(model="a", scheme="w4a4", max_context=64).decisive_settings() != recipe.decisive_settings()
 
 

@@ -44,7 +44,9 @@ def run_compile(
     hic_ratio: Annotated[
         float | None, typer.Option(help="Share of the channels that are high-impact ones, instead of a budget.")
     ] = None,
-    hic_bits: Annotated[int | None, typer.Option(help="Their bits: 3, 4 or 8. [4, or 8 for 4-bit schemes]")] = None,
+    hic_bits: Annotated[
+        int | None, typer.Option(help="Their bits: 3, 4 or 8. [4; 8 for 4-bit schemes, 3 for w2a16 below 2.5]")
+    ] = None,
     hic_score: Annotated[
         str | None, typer.Option(help="What ranks channels: damage, moment, or fisher, which is the paper's. [damage]")
     ] = None,

@@ -19,7 +19,7 @@ from planish.compiler.select.high_channels import HighPolicy
 from planish.compiler.select.overrides import SiteOverride
 from planish.compiler.select.policy import SelectionPolicy
 from planish.compiler.select.sensitivity import Score
-from planish.passes.scheme import Scheme
+from planish.passes.scheme import LinearFormat, Scheme
 
 __all__ = ["OF_TARGET", "TARGETS", "Recipe", "Target"]
 
@@ -27,6 +27,8 @@ Target = Literal["ort", "rtx", "tensorrt"]
 TARGETS: tuple[Target, ...] = ("ort", "rtx", "tensorrt")
 #: Tokens in a calibration sequence, where the model was made for as many.
 _SEQLEN = 512
+#: Budget up to which high-impact channels of 2-bit weights have 3 bits.
+_FEW_BITS = 2.5
 #: Settings that nothing but building engines depends on.
 _OF_ENGINES = {"max_batch_size", "max_input_len", "sms", "plugins", "tensorrt_version"}
 #: Of these, what one target alone has.
@@ -70,7 +72,9 @@ class Recipe(BaseModel):
     hic_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the channels of every site that are high-impact ones, instead of a budget."""
     hic_bits: Literal[3, 4, 8] | None = None
-    """Of the weights of high-impact channels; None is 4, or 8 where the scheme has 4."""
+    """Of the weights of high-impact channels; None is 4, or 8 where the scheme has 4, or 3 where a scheme of 2 that
+    leaves activations in floating point has a budget of at most 2.5.
+    """
     hic_candidates: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] | None = None
     """Shares that `solved` tries; None is some around what the budget allows."""
     hic_score: Score = "damage"
@@ -230,7 +234,7 @@ class Recipe(BaseModel):
                 "out bits and activation_bits of the overrides, or --avg-bits and --hic-ratio."
             )
         return HighPolicy(
-            bits=self.hic_bits or (4 if linear.weight_bits < 4 else 8),
+            bits=self.hic_bits or _high_bits(linear, self.avg_bits),
             average=self.avg_bits,
             share=self.hic_ratio,
             name="fixed" if self.hic_ratio is not None else self.hic_policy or "solved",
@@ -285,6 +289,18 @@ class Recipe(BaseModel):
         """Write the recipe as YAML; settings that are not set are left out."""
         settings = self.model_dump(mode="json", exclude_none=True)
         write_text(path, yaml.safe_dump(settings, sort_keys=False, default_flow_style=False, allow_unicode=True))
+
+
+def _high_bits(linear: LinearFormat, average: float | None) -> int:
+    """Return the bits of high-impact channels beside a format.
+
+    With a quarter of a bit to spend, more channels of 3 bits beat fewer of 4 in a 2-bit model (docs/high_impact.md).
+    The kernels that multiply 2-bit codes of activations take high channels of 4 bits alone.
+    """
+    if linear.weight_bits >= 4:
+        return 8
+    few = average is not None and average <= _FEW_BITS
+    return 3 if linear.weight_bits == 2 and linear.weight_only and few else 4
 
 
 def _describe(problem: Any, file: RecipeFile | None, given: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,3 +150,23 @@ def test_only_the_default_length_shrinks_to_the_context() -> None:
     assert asked.calibration(300).seqlen == 300
     with pytest.raises(CalibrationError, match="longer than the model's context of 256"):
         asked.calibration(256)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings", "bits"),
+    [
+        ("w2a16", {"avg_bits": 2.3}, 3),
+        ("w2a16g64", {"avg_bits": 2.5}, 3),
+        ("w2a16", {"avg_bits": 2.6}, 4),
+        ("w2a16", {"hic_ratio": 0.25}, 4),
+        ("w2a16", {"avg_bits": 2.3, "hic_bits": 4}, 4),
+        # The kernels for integers take no others.
+        ("w2a2k2v2", {"avg_bits": 2.3}, 4),
+        ("w3a16", {"avg_bits": 3.2}, 4),
+        ("w4a4k4v4", {"avg_bits": 4.3}, 8),
+    ],
+)
+def test_bits_of_high_impact_channels(scheme: str, settings: dict[str, Any], bits: int) -> None:
+    policy = Recipe(model="a", scheme=scheme, **settings).parsed_high_policy()
+    assert policy is not None
+    assert policy.bits == bits

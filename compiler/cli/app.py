@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -11,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+
+from planish.compiler.json_numbers import finite
 
 __all__ = ["JsonFlag", "Output", "app", "plain_table"]
 
@@ -67,7 +68,7 @@ class Output:
         """Print `content` as one line of JSON, if that was asked for; NaN and infinity become null."""
         if self._as_json:
             # In ASCII it can be written in every encoding, whatever a model or a path holds.
-            print(json.dumps(_finite(content), allow_nan=False))
+            print(json.dumps(finite(content), allow_nan=False))
 
 
 def plain_table(title: str, columns: Sequence[str]) -> Table:
@@ -77,15 +78,6 @@ def plain_table(title: str, columns: Sequence[str]) -> Table:
         # However narrow the terminal, what a row is about stays in one piece.
         table.add_column(name, overflow="fold", no_wrap=not table.columns)
     return table
-
-
-def _finite(content: Any) -> Any:
-    """Return `content` with None for NaN and infinity, which JSON has no numbers for."""
-    if isinstance(content, dict):
-        return {name: _finite(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _print_version(wanted: bool) -> None:

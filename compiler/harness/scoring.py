@@ -18,7 +18,7 @@ __all__ = ["Answer", "Request", "answer_all", "fit_context"]
 
 #: Tokens of contexts, and positions that get logits, in one run: 1024 positions of 128k tokens take 512 MiB.
 _CONTEXT_TOKENS, _POSITIONS = 4096, 1024
-#: Tokens of all continuations of one context together with theirs of its copies: those of a context have a cache each.
+#: Tokens in one run of continuations of the same context, which counts for each: every one has a copy of its cache.
 _COPIED_TOKENS = 4 * _CONTEXT_TOKENS
 
 #: Told the answers of each batch, as they come.

@@ -150,7 +150,7 @@ def _limits_of(engine: Path) -> dict[str, int]:
 
 
 def _check_links(bundle: Path, engine: Path) -> None:
-    """Refuse symbolic links that a build would stumble over when hours of work are done.
+    """Refuse symbolic links that a build would stumble over when its work is done.
 
     Raises:
         OutputFolderError: if the engine's folder is one, or the model's files are, as in a cache of the Hub.

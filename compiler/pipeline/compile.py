@@ -1,6 +1,6 @@
 """Compile a checkpoint to a bundle: settings are checked, the work folder is held, and the stages run in it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from planish.compiler.pipeline.compilation import Compilation
 from planish.compiler.pipeline.estimate import Work, estimate
 from planish.compiler.pipeline.flatten import check_calibration
 from planish.compiler.pipeline.high_impact import high_channels, high_impact_fingerprint
-from planish.compiler.pipeline.recipe import Recipe
+from planish.compiler.pipeline.recipe import OF_ENGINES, Recipe
 from planish.compiler.pipeline.stages import StageClock
 from planish.compiler.pipeline.targets import check_context, check_engine_settings, check_targets
 from planish.compiler.pipeline.work_folder import WorkFolder, check_output, check_space, clear_errors, code_fingerprint
@@ -21,6 +21,19 @@ from planish.compiler.select.choose_forms import forms_of_plan
 from planish.compiler.select.overrides import override_scheme, resolve_overrides
 
 __all__ = ["compile_model", "compile_recipe"]
+
+#: Settings that nothing but flattening depends on.
+_OF_FLATTENING = (
+    "round",
+    "dataset",
+    "nsamples",
+    "seqlen",
+    "seed",
+    "refine",
+    "polish",
+    "device",
+    "verify_passes",
+)
 
 
 def compile_model(
@@ -109,64 +122,46 @@ def compile_model(
         >>> bundle.manifest.targets
         ('ort',)
     """
-    settings = Recipe.read(
-        None if recipe is None else Path(recipe),
-        model=None if model is None else str(model),
-        scheme=scheme,
-        lm_head=lm_head,
-        select=select,
-        plan=None if plan is None else str(plan),
-        high_impact=None if high_impact is None else str(high_impact),
-        avg_bits=avg_bits,
-        hic_policy=hic_policy,
-        hic_ratio=hic_ratio,
-        hic_bits=hic_bits,
-        hic_score=hic_score,
-        hic_candidates=hic_candidates,
-        hic_weighting=hic_weighting,
-        round=round,
-        residual_rotation=residual_rotation,
-        dataset=dataset,
-        nsamples=nsamples,
-        seqlen=seqlen,
-        seed=seed,
-        refine=refine,
-        polish=polish,
-        device=device,
-        verify_passes=verify_passes,
-        targets=None if targets is None else tuple(targets),
-        num_layers=num_layers,
-        max_context=max_context,
-        max_batch_size=max_batch_size,
-        max_input_len=max_input_len,
-        sms=None if sms is None else tuple(sms),
-        plugins=plugins,
-        tensorrt_version=tensorrt_version,
-    )
-    check_engine_settings(
-        settings.targets,
-        max_batch_size=max_batch_size,
-        max_input_len=max_input_len,
-        sms=sms,
-        plugins=plugins,
-        tensorrt_version=tensorrt_version,
-    )
-    _check_flattening_settings(
-        settings,
-        round=round,
-        dataset=dataset,
-        nsamples=nsamples,
-        seqlen=seqlen,
-        seed=seed,
-        refine=refine,
-        polish=polish,
-        device=device,
-        verify_passes=verify_passes,
-    )
+    given: dict[str, Any] = {
+        "model": None if model is None else str(model),
+        "scheme": scheme,
+        "lm_head": lm_head,
+        "select": select,
+        "plan": None if plan is None else str(plan),
+        "high_impact": None if high_impact is None else str(high_impact),
+        "avg_bits": avg_bits,
+        "hic_policy": hic_policy,
+        "hic_ratio": hic_ratio,
+        "hic_bits": hic_bits,
+        "hic_score": hic_score,
+        "hic_candidates": hic_candidates,
+        "hic_weighting": hic_weighting,
+        "round": round,
+        "residual_rotation": residual_rotation,
+        "dataset": dataset,
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "seed": seed,
+        "refine": refine,
+        "polish": polish,
+        "device": device,
+        "verify_passes": verify_passes,
+        "targets": None if targets is None else tuple(targets),
+        "num_layers": num_layers,
+        "max_context": max_context,
+        "max_batch_size": max_batch_size,
+        "max_input_len": max_input_len,
+        "sms": None if sms is None else tuple(sms),
+        "plugins": plugins,
+        "tensorrt_version": tensorrt_version,
+    }
+    settings = Recipe.read(None if recipe is None else Path(recipe), **given)
+    check_engine_settings(settings.targets, **{name: value for name, value in given.items() if name in OF_ENGINES})
+    _check_flattening_settings(settings, {name: given[name] for name in _OF_FLATTENING})
     return compile_recipe(settings, Path(out), progress or Silent())
 
 
-def _check_flattening_settings(recipe: Recipe, **given: Any) -> None:
+def _check_flattening_settings(recipe: Recipe, given: Mapping[str, Any]) -> None:
     """Check that settings of flattening are given only where something is flattened, or raise `SelectionError`."""
     if recipe.parsed_policy().name != "none":
         return

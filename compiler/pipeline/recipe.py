@@ -21,7 +21,7 @@ from planish.compiler.select.policy import SelectionPolicy
 from planish.compiler.select.sensitivity import Score
 from planish.passes.scheme import LinearFormat, Scheme
 
-__all__ = ["OF_TARGET", "TARGETS", "Recipe", "Target"]
+__all__ = ["OF_ENGINES", "OF_TARGET", "TARGETS", "Recipe", "Target"]
 
 Target = Literal["ort", "rtx", "tensorrt"]
 TARGETS: tuple[Target, ...] = ("ort", "rtx", "tensorrt")
@@ -30,7 +30,7 @@ _SEQLEN = 512
 #: Budget up to which high-impact channels of 2-bit weights have 3 bits.
 _FEW_BITS = 2.5
 #: Settings that nothing but building engines depends on.
-_OF_ENGINES = {"max_batch_size", "max_input_len", "sms", "plugins", "tensorrt_version"}
+OF_ENGINES = {"max_batch_size", "max_input_len", "sms", "plugins", "tensorrt_version"}
 #: Of these, what one target alone has.
 OF_TARGET: dict[str, Target] = {"sms": "rtx", "plugins": "tensorrt", "tensorrt_version": "tensorrt"}
 
@@ -275,7 +275,7 @@ class Recipe(BaseModel):
         """
         # Processors and GPUs round products each in their own way, and a model made half on either would be one that no
         # run makes by itself. So the kind of device counts; which GPU it is does not.
-        settings = self.model_dump(mode="json", exclude={"targets", *_OF_ENGINES})
+        settings = self.model_dump(mode="json", exclude={"targets", *OF_ENGINES})
         return {**settings, "device": device_kind(self.device)}
 
     def engine_settings(self, target: Target) -> dict[str, Any]:
@@ -283,7 +283,7 @@ class Recipe(BaseModel):
         if target == "ort":
             return {}
         others = {name for name, only in OF_TARGET.items() if only != target}
-        return self.model_dump(mode="json", include=_OF_ENGINES - others)
+        return self.model_dump(mode="json", include=OF_ENGINES - others)
 
     def write(self, path: Path) -> None:
         """Write the recipe as YAML; settings that are not set are left out."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from planish.compiler.checkpoint.config import LlamaConfig
 from planish.compiler.errors import SelectionError
+from planish.compiler.json_numbers import finite
 from planish.compiler.learn.transforms.candidates import kind_of
 from planish.compiler.select.choose_forms import ChosenForms, forms_by_kurtosis, forms_within_budget
 from planish.compiler.select.forms import SITE_GROUPS, form_of, forms_of_groups
@@ -84,7 +85,7 @@ class SelectionStudy:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary for JSON; what is not a number is None."""
-        content: dict[str, Any] = _for_json(dataclasses.asdict(self))
+        content: dict[str, Any] = finite(dataclasses.asdict(self))
         return content
 
 
@@ -198,11 +199,3 @@ def _verdict(group: Group, found: GroupStudy) -> str:
     if found.calibration.agrees:
         return f"{rule} has the right sign on this model: {agreement}."
     return f"{rule} does not hold on this model: {agreement}, and the rule needs the opposite sign."
-
-
-def _for_json(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {name: _for_json(value) for name, value in content.items()}
-    if isinstance(content, list):
-        return [_for_json(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
